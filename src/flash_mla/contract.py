@@ -1,0 +1,251 @@
+"""What a valid call is: shapes, dtypes and devices, checked before any backend sees a tensor.
+
+A call that passes is described by plain integers (`DecodeCall`, `AppendCall`), so that a backend's list of refusals
+and its choice of schedule can be tested without a GPU. Values in device memory (lengths, table entries, slots) are not
+looked at here: reading them would make the host wait for the device. `PagedLatentCache.validate()` does that on demand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "LATENT_SHAPES",
+    "PLAN_BLOCK",
+    "AppendCall",
+    "DecodeCall",
+    "UnsupportedError",
+    "check_append",
+    "check_decode",
+    "check_plan",
+    "no_backend_message",
+]
+
+# (kv_lora_rank, qk_rope_head_dim) of the published MLA models: what a compiled or portable kernel is built for.
+LATENT_SHAPES = ((512, 64), (256, 64), (256, 32), (128, 32))
+
+# Tokens in one unit of the split plan. A part of a request is a whole number of units whatever the page size, so a plan
+# made for one page size holds for every other.
+PLAN_BLOCK = 64
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class UnsupportedError(ValueError):
+    """A valid call that no backend (or not the one asked for) can run here. The message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    """A decode call in plain values; strides are in elements, `capability` is None off CUDA."""
+
+    device_type: str
+    device_index: int
+    capability: tuple[int, int] | None
+    dtype: str
+    batch: int
+    seqlen_q: int
+    num_heads: int
+    h_kv: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    num_blocks: int
+    block_size: int
+    max_blocks: int
+    q_strides: tuple[int, ...]
+    kv_cache_strides: tuple[int, ...]
+    block_table_strides: tuple[int, ...]
+    causal: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share one latent row: seqlen_q * num_heads / h_kv."""
+        return self.seqlen_q * self.num_heads // self.h_kv
+
+
+@dataclass(frozen=True)
+class AppendCall:
+    """An append call in plain values; strides are in elements."""
+
+    device_type: str
+    device_index: int
+    capability: tuple[int, int] | None
+    dtype: str
+    batch: int
+    seqlen_q: int
+    h_kv: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    num_blocks: int
+    block_size: int
+    kv_cache_strides: tuple[int, ...]
+
+
+def describe(tensor: object) -> str:
+    """Dtype, shape and device of what came, for the end of an error message."""
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _fail(function: str, argument: str, must: str, came: object) -> ValueError:
+    return ValueError(f"flash_mla.{function}: {argument} must be {must}, got {describe(came)}")
+
+
+def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+
+
+def _check_pool(function: str, kv_cache: torch.Tensor) -> None:
+    if not isinstance(kv_cache, torch.Tensor) or kv_cache.ndim != 4 or 0 in kv_cache.shape[1:]:
+        raise _fail(function, "kv_cache", "[num_blocks, block_size, h_kv, d_qk]", kv_cache)
+    if kv_cache.dtype not in FLOAT_DTYPES:
+        raise _fail(function, "kv_cache", "bfloat16, float16, float32 or float64", kv_cache)
+
+
+def check_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    kv_lora_rank: int,
+    causal: bool,
+    function: str = "decode",
+) -> DecodeCall:
+    """Raise ValueError unless the arguments fit together; return the call in plain values.
+
+    Args:
+        q: `[batch, seqlen_q, num_heads, d_qk]`, bfloat16, float16, float32 or float64; outer strides free.
+        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, dtype and device of `q`.
+        block_table: int32 `[batch, max_blocks]` on the same device.
+        cache_seqlens: int32 `[batch]` on the same device.
+        kv_lora_rank: columns of a latent that are the value too, in elements.
+        causal: whether query j of a request sees only keys before `len - (seqlen_q - 1 - j)`.
+        function: the name that error messages carry.
+    """
+    _check_pool(function, kv_cache)
+    num_blocks, block_size, h_kv, d_qk = kv_cache.shape
+    if not isinstance(q, torch.Tensor) or q.ndim != 4 or q.shape[1] < 1 or q.shape[3] != d_qk:
+        raise _fail(function, "q", f"[batch, seqlen_q >= 1, num_heads, d_qk={d_qk}]", q)
+    batch, seqlen_q, num_heads, _ = q.shape
+    if q.dtype != kv_cache.dtype or q.device != kv_cache.device:
+        raise _fail(function, "q", f"{kv_cache.dtype} on {kv_cache.device} like kv_cache", q)
+    if num_heads < 1 or num_heads % h_kv:
+        raise _fail(function, "q", f"of a number of heads that h_kv={h_kv} divides", q)
+    if not isinstance(kv_lora_rank, int) or not 0 < kv_lora_rank <= d_qk:
+        raise ValueError(f"flash_mla.{function}: kv_lora_rank must be in 1..d_qk={d_qk}, got {kv_lora_rank!r}")
+    if (
+        not isinstance(block_table, torch.Tensor)
+        or block_table.dtype != torch.int32
+        or block_table.ndim != 2
+        or block_table.shape[0] != batch
+        or block_table.device != q.device
+    ):
+        raise _fail(function, "block_table", f"int32 [batch={batch}, max_blocks] on {q.device}", block_table)
+    if (
+        not isinstance(cache_seqlens, torch.Tensor)
+        or cache_seqlens.dtype != torch.int32
+        or cache_seqlens.shape != (batch,)
+        or cache_seqlens.device != q.device
+    ):
+        raise _fail(function, "cache_seqlens", f"int32 [batch={batch}] on {q.device}", cache_seqlens)
+    return DecodeCall(
+        device_type=q.device.type,
+        device_index=q.device.index or 0,
+        capability=_capability(q),
+        dtype=str(q.dtype).removeprefix("torch."),
+        batch=batch,
+        seqlen_q=seqlen_q,
+        num_heads=num_heads,
+        h_kv=h_kv,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=d_qk - kv_lora_rank,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_blocks=block_table.shape[1],
+        q_strides=q.stride(),
+        kv_cache_strides=kv_cache.stride(),
+        block_table_strides=block_table.stride(),
+        causal=causal,
+    )
+
+
+def check_append(
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    function: str = "append",
+) -> AppendCall:
+    """Raise ValueError unless the arguments fit together; return the call in plain values.
+
+    Args:
+        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, rows contiguous enough to be addressed by slot.
+        latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, dtype and device of `kv_cache`; strides free.
+        k_rope: `[batch, seqlen_q, h_kv, qk_rope_head_dim]`, the same.
+        slots: int64 `[batch, seqlen_q]`, block * block_size + offset.
+        function: the name that error messages carry.
+    """
+    _check_pool(function, kv_cache)
+    num_blocks, block_size, h_kv, d_qk = kv_cache.shape
+    if not isinstance(latent, torch.Tensor) or latent.ndim != 4 or latent.shape[2] != h_kv:
+        raise _fail(function, "latent", f"[batch, seqlen_q, h_kv={h_kv}, kv_lora_rank]", latent)
+    batch, seqlen_q, _, kv_lora_rank = latent.shape
+    qk_rope_head_dim = d_qk - kv_lora_rank
+    if not isinstance(k_rope, torch.Tensor) or k_rope.shape != (batch, seqlen_q, h_kv, qk_rope_head_dim):
+        must = f"[batch={batch}, seqlen_q={seqlen_q}, h_kv={h_kv}, d_qk - kv_lora_rank = {qk_rope_head_dim}]"
+        raise _fail(function, "k_rope", must, k_rope)
+    for name, tensor in (("latent", latent), ("k_rope", k_rope)):
+        if tensor.dtype != kv_cache.dtype or tensor.device != kv_cache.device:
+            raise _fail(function, name, f"{kv_cache.dtype} on {kv_cache.device} like kv_cache", tensor)
+    if (
+        not isinstance(slots, torch.Tensor)
+        or slots.dtype != torch.int64
+        or slots.shape != (batch, seqlen_q)
+        or slots.device != kv_cache.device
+    ):
+        raise _fail(function, "slots", f"int64 [batch={batch}, seqlen_q={seqlen_q}] on {kv_cache.device}", slots)
+    return AppendCall(
+        device_type=kv_cache.device.type,
+        device_index=kv_cache.device.index or 0,
+        capability=_capability(kv_cache),
+        dtype=str(kv_cache.dtype).removeprefix("torch."),
+        batch=batch,
+        seqlen_q=seqlen_q,
+        h_kv=h_kv,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        kv_cache_strides=kv_cache.stride(),
+    )
+
+
+def check_plan(call: DecodeCall, items: torch.Tensor, first_item: torch.Tensor, function: str = "decode") -> None:
+    """Raise ValueError unless a split plan has the layout of `ops.plan_splits` for this batch.
+
+    Args:
+        call: the decode call that is to use the plan.
+        items: int32 `[num_items >= batch, 4]`: request, part, num_parts, first item of the request; request -1 = unused.
+        first_item: int32 `[batch + 1]`: where each request's items begin; the last entry is their number.
+        function: the name that error messages carry.
+    """
+    if (
+        items.dtype != torch.int32
+        or items.ndim != 2
+        or items.shape[1] != 4
+        or items.shape[0] < call.batch
+        or not items.is_contiguous()
+    ):
+        raise _fail(function, "plan items", f"contiguous int32 [num_items >= batch={call.batch}, 4]", items)
+    if first_item.dtype != torch.int32 or first_item.shape != (call.batch + 1,) or not first_item.is_contiguous():
+        raise _fail(function, "plan first_item", f"contiguous int32 [batch + 1 = {call.batch + 1}]", first_item)
+
+
+def no_backend_message(function: str, reasons: dict[str, list[str]]) -> str:
+    """The text of an UnsupportedError: each backend with its reasons, one line each."""
+    width = max(map(len, reasons)) + 1
+    lines = [f"  {name + ':':<{width}} {'; '.join(why)}" for name, why in reasons.items()]
+    return "\n".join([f"flash_mla.{function}: no backend accepts this call", *lines])
