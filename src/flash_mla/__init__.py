@@ -1,8 +1,28 @@
 """Paged latent cache and absorbed MLA decode for Hugging Face Transformers; importing it registers "flash_mla"."""
 
+from .cache import MemoryReport, PagedLatentCache
 from .contract import UnsupportedError
+from .hf import path_counts, register, reset_path_counts, unregister
+from .interface import flash_mla_with_kvcache, get_mla_metadata
 from .ops import SplitPlan, append, backend_counts, decode, plan_splits
 
 __version__ = "0.1.0"
 
-__all__ = ["SplitPlan", "UnsupportedError", "append", "backend_counts", "decode", "plan_splits"]
+__all__ = [
+    "MemoryReport",
+    "PagedLatentCache",
+    "SplitPlan",
+    "UnsupportedError",
+    "append",
+    "backend_counts",
+    "decode",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "path_counts",
+    "plan_splits",
+    "register",
+    "reset_path_counts",
+    "unregister",
+]
+
+register()

@@ -22,10 +22,11 @@ from .contract import (
     check_append,
     check_decode,
     check_plan,
+    describe,
     no_backend_message,
 )
 
-__all__ = ["SplitPlan", "append", "backend_counts", "decode", "plan_splits"]
+__all__ = ["SplitPlan", "append", "backend_counts", "decode", "plan_splits", "plan_splits_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,94 @@ def plan_splits(
     Reads device memory only; no host sync.
     """
     call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal, "plan_splits")
+    return _plan(call, cache_seqlens, backend)
+
+
+def plan_splits_for(
+    cache_seqlens: torch.Tensor,
+    *,
+    seqlen_q: int,
+    num_heads: int,
+    h_kv: int,
+    kv_lora_rank: int = 512,
+    qk_rope_head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> SplitPlan:
+    """Plan the split of a decode call that does not exist yet, from its lengths and plain integers.
+
+    Args:
+        cache_seqlens: int32 `[batch]`, as in `decode`.
+        seqlen_q, num_heads, h_kv: the shape of the call to come; `h_kv` must divide `num_heads`.
+        kv_lora_rank, qk_rope_head_dim, dtype: what decides which backend will run, and so the size of the plan.
+        backend: as in `decode`.
+    Returns: a plan as from `plan_splits`.
+    Raises: ValueError: lengths that are not int32 `[batch]`, or head counts that do not fit together.
+        UnsupportedError: no backend accepts.
+    Reads device memory only; no host sync.
+    """
+    if not isinstance(cache_seqlens, torch.Tensor) or cache_seqlens.dtype != torch.int32 or cache_seqlens.ndim != 1:
+        raise ValueError(
+            f"flash_mla.plan_splits_for: cache_seqlens must be int32 [batch], got {describe(cache_seqlens)}"
+        )
+    if min(seqlen_q, num_heads, h_kv) < 1 or num_heads % h_kv:
+        raise ValueError(
+            "flash_mla.plan_splits_for: seqlen_q, num_heads and h_kv must be >= 1 and h_kv divide num_heads, "
+            f"got {seqlen_q}, {num_heads}, {h_kv}"
+        )
+    call = call_to_come(
+        cache_seqlens.device,
+        batch=cache_seqlens.shape[0],
+        seqlen_q=seqlen_q,
+        num_heads=num_heads,
+        h_kv=h_kv,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        dtype=dtype,
+    )
+    return _plan(call, cache_seqlens, backend)
+
+
+def call_to_come(
+    device: torch.device,
+    *,
+    batch: int,
+    seqlen_q: int,
+    num_heads: int,
+    h_kv: int,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    dtype: torch.dtype,
+) -> DecodeCall:
+    """A decode call whose pool and table are not known yet: contiguous, one page of 64 tokens, a wide table."""
+    d_qk, block_size, max_blocks = kv_lora_rank + qk_rope_head_dim, 64, 2**15
+    return DecodeCall(
+        device_type=device.type,
+        device_index=device.index or 0,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        dtype=str(dtype).removeprefix("torch."),
+        batch=batch,
+        seqlen_q=seqlen_q,
+        num_heads=num_heads,
+        h_kv=h_kv,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        num_blocks=1,
+        block_size=block_size,
+        max_blocks=max_blocks,
+        q_strides=(seqlen_q * num_heads * d_qk, num_heads * d_qk, d_qk, 1),
+        kv_cache_strides=(block_size * h_kv * d_qk, h_kv * d_qk, d_qk, 1),
+        block_table_strides=(max_blocks, 1),
+        causal=True,
+    )
+
+
+def backend_reasons(call: DecodeCall | AppendCall) -> dict[str, list[str]]:
+    """Each backend in order of preference with its reasons against `call`; none = it accepts, the first such runs."""
+    return _reasons(call)
+
+
+def _plan(call: DecodeCall, cache_seqlens: torch.Tensor, backend: str | None) -> SplitPlan:
     module = BACKENDS[_choose("plan_splits", call, backend)]
     num_items = module.num_items(call)
     if torch.compiler.is_compiling():

@@ -1,23 +1,273 @@
-"""Portable GPU kernels in Triton: decode with split KV, append, plan."""
+"""Portable GPU kernels in Triton: which calls they take, how they are cut into programs, and their launches.
+
+The device code is `triton_kernels.py`. It runs on any GPU that Triton compiles for, and on a CPU under
+TRITON_INTERPRET=1 (set before the first import), which is how it is tested without a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from ..contract import AppendCall, DecodeCall
+from ..contract import LATENT_SHAPES, PLAN_BLOCK, AppendCall, DecodeCall
+
+kernels: Any = None
+INTERPRETED = False
+if importlib.util.find_spec("triton") is not None:
+    import triton
+
+    from . import triton_kernels as kernels
+
+    INTERPRETED = not isinstance(kernels.decode_kernel, triton.JITFunction)
+
+__all__ = ["INTERPRETED", "append", "append_refusals", "decode", "decode_refusals", "num_items", "plan"]
+
+LOG2_E = math.log2(math.e)
+# Processors that the interpreter pretends to have: few, so that small cases split.
+INTERPRETER_SMS = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a schedule depends on: number of SMs, shared memory of one program in bytes, compute capability."""
+
+    num_sms: int
+    shared_memory: int
+    capability: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one decode call is cut: tile of rows x tokens, warps, pipeline stages, programs that share one SM."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@functools.cache
+def device_of(device_type: str, device_index: int) -> Device:
+    """The device's plain numbers, asked for once per process."""
+    if device_type != "cuda":
+        return Device(INTERPRETER_SMS, 0, None)
+    properties = torch.cuda.get_device_properties(device_index)
+    # ROCm calls its architecture numbers a compute capability too, and has 64 KiB per workgroup.
+    if torch.version.hip is not None:
+        return Device(properties.multi_processor_count, 65536, None)
+    shared_memory = int(properties.shared_memory_per_block_optin)
+    return Device(properties.multi_processor_count, shared_memory, (properties.major, properties.minor))
+
+
+def choose_schedule(rows: int, d_qk: int, device: Device) -> Schedule:
+    """Tile sizes from plain integers.
+
+    Args:
+        rows: query rows that share one latent row.
+        d_qk: width of a latent row, in elements of 2 bytes.
+        device: see `device_of`.
+    """
+    if rows <= 16:
+        return Schedule(16, 64, 4, 2, 1)
+    if rows <= 32:
+        return Schedule(32, 64, 4, 2, 1)
+    return Schedule(64, 64, 8, 2, 1)
+
+
+def _platform_refusals(device_type: str, dtype: str, on_gpu: tuple[str, ...]) -> list[str]:
+    if kernels is None:
+        return ["triton is not installed"]
+    if INTERPRETED:
+        if device_type not in ("cpu", "cuda"):
+            return [f"needs a CPU or CUDA tensor, got {device_type}"]
+        # The interpreter's tl.dot multiplies the raw bits of bfloat16.
+        if dtype not in ("float16", "float32"):
+            return [f"the interpreter computes in float16 and float32 only, got {dtype}"]
+        return []
+    if device_type != "cuda":
+        return [f"needs a GPU (on a CPU: TRITON_INTERPRET=1 in the environment before Python starts), got {device_type}"]
+    if dtype not in on_gpu:
+        return [f"takes {' and '.join(on_gpu)}, got {dtype}"]
+    return []
+
+
+def _shape_refusals(call: DecodeCall | AppendCall) -> list[str]:
+    reasons = []
+    shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    if shape not in LATENT_SHAPES:
+        reasons.append(f"takes (kv_lora_rank, qk_rope_head_dim) in {list(LATENT_SHAPES)}, got {shape}")
+    if call.block_size % 16:
+        reasons.append(f"takes a block_size that 16 divides, got {call.block_size}")
+    if call.kv_cache_strides[3] != 1:
+        reasons.append(f"needs the last stride of kv_cache to be 1, got {call.kv_cache_strides[3]}")
+    return reasons
 
 
 def decode_refusals(call: DecodeCall) -> list[str]:
-    return ["not built yet"]
+    """Reasons against a decode call; empty = accepts."""
+    return _platform_refusals(call.device_type, call.dtype, ("bfloat16", "float16")) + _shape_refusals(call)
 
 
 def append_refusals(call: AppendCall) -> list[str]:
-    return ["not built yet"]
+    """Reasons against an append call; empty = accepts. It only moves rows, so it takes every dtype on a GPU."""
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    return _platform_refusals(call.device_type, call.dtype, dtypes) + _shape_refusals(call)
 
 
 def num_items(call: DecodeCall) -> int:
-    return call.batch
+    """Size of a split plan: parts enough to fill the device once, and to even out requests of unequal length."""
+    device = device_of(call.device_type, call.device_index)
+    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
+    tiles = call.h_kv * -(-call.rows // schedule.block_m)
+    programs = device.num_sms * schedule.programs_per_sm
+    return max(call.batch, programs // tiles)
 
 
 def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    """The plan of `backends.torch.plan`, the same integers, in one launch. Reads device memory only."""
+    batch = cache_seqlens.shape[0]
+    items = torch.empty((num_items, 4), dtype=torch.int32, device=cache_seqlens.device)
+    first_item = torch.empty((batch + 1,), dtype=torch.int32, device=cache_seqlens.device)
+    kernels.plan_kernel[(1,)](
+        cache_seqlens, items, first_item, cache_seqlens.stride(0), batch, num_items, UNIT=PLAN_BLOCK, BLOCK=1024
+    )
+    return items, first_item
+
+
+def decode(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    items: torch.Tensor | None = None,
+    first_item: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split-KV attention over the pages: one launch, a second one that merges if the plan has room for splits.
+
+    Shapes as in `contract.check_decode`; returns as `backends.torch.decode`. A `q` whose last stride is not 1 is copied;
+    the pool never is.
+    """
+    device = device_of(call.device_type, call.device_index)
+    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
+    return launch_decode(call, schedule, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, first_item)
+
+
+def launch_decode(
+    call: DecodeCall,
+    schedule: Schedule,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    items: torch.Tensor | None,
+    first_item: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode` with the schedule given."""
+    out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=q.device)
+    lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=q.device)
+    if call.batch == 0:
+        return out, lse
+    if items is None or first_item is None:
+        items, first_item = plan(cache_seqlens, num_items(call))
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    parts = items.shape[0]
+    splits = parts > call.batch
+    # Without splits the two are never touched; out and lse stand in for them.
+    o_partial, lse_partial = out, lse
+    if splits:
+        o_partial = torch.empty((parts, *out.shape[1:]), dtype=torch.float32, device=q.device)
+        lse_partial = torch.empty((parts, *out.shape[1:3]), dtype=torch.float32, device=q.device)
+    row_tiles = -(-call.rows // schedule.block_m)
+    tiles = row_tiles * call.h_kv
+    kernels.decode_kernel[(parts * tiles,)](
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        items,
+        out,
+        lse,
+        o_partial,
+        lse_partial,
+        *q.stride()[:3],
+        *kv_cache.stride()[:3],
+        *block_table.stride(),
+        cache_seqlens.stride(0),
+        softmax_scale * LOG2_E,
+        call.seqlen_q,
+        call.num_heads,
+        call.num_heads // call.h_kv,
+        row_tiles,
+        tiles,
+        call.block_size,
+        CAUSAL=call.causal and call.seqlen_q > 1,
+        KV_LORA_RANK=call.kv_lora_rank,
+        QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
+        BLOCK_M=schedule.block_m,
+        BLOCK_N=schedule.block_n,
+        ONE_PAGE=call.block_size % schedule.block_n == 0,
+        UNIT=PLAN_BLOCK,
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
+    )
+    if splits:
+        rows = call.seqlen_q * call.num_heads
+        # Few rows: many small programs, for latency. Many rows: whole rows, so that unsplit requests cost few programs.
+        block_rows, block_d = (1, 128) if call.batch * rows <= 1024 else (4, call.kv_lora_rank)
+        grid = (call.batch * -(-rows // block_rows) * (call.kv_lora_rank // block_d),)
+        kernels.merge_kernel[grid](
+            first_item,
+            out,
+            lse,
+            o_partial,
+            lse_partial,
+            call.seqlen_q,
+            call.num_heads,
+            KV_LORA_RANK=call.kv_lora_rank,
+            BLOCK_ROWS=block_rows,
+            BLOCK_D=block_d,
+            BLOCK_PARTS=16 if block_rows == 1 else 2,
+            num_warps=4,
+        )
+    return out, lse
+
+
+def append(
+    call: AppendCall, kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write each new token's `[latent | rotated key]` row into its slot, in place, in one launch.
+
+    Shapes as in `contract.check_append`. Two tokens of one call must not share a slot, except slots that nobody reads.
+    """
+    num_rows = call.batch * call.seqlen_q * call.h_kv
+    if num_rows == 0:
+        return
+    block_rows = 1 if num_rows <= 1024 else 8
+    kernels.append_kernel[(-(-num_rows // block_rows),)](
+        kv_cache,
+        latent,
+        k_rope,
+        slots,
+        *kv_cache.stride()[:3],
+        *latent.stride(),
+        *k_rope.stride(),
+        *slots.stride(),
+        num_rows,
+        call.seqlen_q,
+        call.h_kv,
+        call.block_size,
+        KV_LORA_RANK=call.kv_lora_rank,
+        QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
+        BLOCK_ROWS=block_rows,
+        num_warps=1 if block_rows == 1 else 4,
+    )

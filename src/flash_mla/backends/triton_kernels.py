@@ -1,0 +1,304 @@
+"""The Triton device code: what one program of each kernel reads, computes and writes. `triton.py` decides the launches.
+
+Decode, one program = BLOCK_M query rows that share a latent row x one item (a part of a request). Per BLOCK_N tokens:
+  S = Q K^T * softmax_scale_log2     BLOCK_M x D_QK . D_QK x BLOCK_N        (K = the whole latent row)
+  O = O * alpha + P V                BLOCK_M x BLOCK_N . BLOCK_N x KV_LORA_RANK   (V = its first KV_LORA_RANK columns)
+K and V are the same tile in shared memory: a latent row is read from HBM once per row tile. Logarithms in here are base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["append_kernel", "decode_kernel", "merge_kernel", "plan_kernel"]
+
+
+@triton.jit
+def decode_kernel(
+    q,  # [batch, seqlen_q, num_heads, D_QK]; strides in elements, the last one is 1
+    kv_cache,  # [num_blocks, block_size, h_kv, D_QK]; strides in elements, the last one is 1
+    block_table,  # int32 [batch, max_blocks]
+    cache_seqlens,  # int32 [batch]
+    items,  # int32 [num_items, 4]: request, part, num_parts, first item of the request; request -1 = unused
+    out,  # [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
+    lse,  # fp32 [batch, num_heads, seqlen_q], contiguous, natural log
+    o_partial,  # fp32 [num_items, seqlen_q, num_heads, KV_LORA_RANK], contiguous; rows of split requests only
+    lse_partial,  # fp32 [num_items, seqlen_q, num_heads], contiguous, log2
+    q_stride_batch,
+    q_stride_token,
+    q_stride_head,
+    kv_stride_block,
+    kv_stride_token,
+    kv_stride_head,
+    table_stride_batch,
+    table_stride_block,
+    seqlens_stride,
+    softmax_scale_log2,
+    seqlen_q,
+    num_heads,
+    group,  # query heads per latent head
+    row_tiles,  # programs per item and latent head
+    tiles,  # programs per item
+    block_size,
+    CAUSAL: tl.constexpr,
+    KV_LORA_RANK: tl.constexpr,
+    QK_ROPE_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_PAGE: tl.constexpr,  # BLOCK_N tokens never straddle pages: one table entry per tile
+    UNIT: tl.constexpr,  # tokens; a part is a whole number of units
+):
+    # The row tiles of one item run side by side, so that the second one finds the latents in L2.
+    item = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    request = tl.load(items + item * 4)
+    if request < 0:
+        return
+    part = tl.load(items + item * 4 + 1)
+    num_parts = tl.load(items + item * 4 + 2)
+    length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride)
+
+    # The token range comes from the length of now, not from the plan: parts cover the request whatever the plan saw.
+    units = (length + (UNIT - 1)) // UNIT
+    begin = ((units.to(tl.int64) * part) // num_parts).to(tl.int32) * UNIT
+    end = tl.minimum(((units.to(tl.int64) * (part + 1)) // num_parts).to(tl.int32) * UNIT, length)
+
+    kv_head = tile // row_tiles
+    row = (tile % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = row < seqlen_q * group
+    token_q = row // group
+    head = kv_head * group + row % group
+    column = tl.arange(0, KV_LORA_RANK)
+    column_rope = tl.arange(0, QK_ROPE_HEAD_DIM)
+
+    q_row = (
+        q
+        + request.to(tl.int64) * q_stride_batch
+        + token_q.to(tl.int64)[:, None] * q_stride_token
+        + head.to(tl.int64)[:, None] * q_stride_head
+    )
+    q_latent = tl.load(q_row + column[None, :], mask=is_row[:, None], other=0.0)
+    q_rope = tl.load(q_row + KV_LORA_RANK + column_rope[None, :], mask=is_row[:, None], other=0.0)
+    if CAUSAL:
+        visible = length - (seqlen_q - 1) + token_q  # keys before this one, per row
+    else:
+        visible = tl.zeros([BLOCK_M], tl.int32) + length
+
+    table = block_table + request.to(tl.int64) * table_stride_batch
+    kv_base = kv_cache + kv_head.to(tl.int64) * kv_stride_head
+    offset = tl.arange(0, BLOCK_N)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, KV_LORA_RANK], tl.float32)
+
+    for start in range(begin, end, BLOCK_N):
+        token = start + offset
+        is_token = token < end
+        # page * stride overflows int32 from 4 GiB of bf16 cache on: widen before multiplying.
+        if ONE_PAGE:
+            page = tl.load(table + (start // block_size).to(tl.int64) * table_stride_block).to(tl.int64)
+            kv_row = page * kv_stride_block + (start % block_size + offset).to(tl.int64) * kv_stride_token
+        else:
+            # Entries past the length are garbage by contract: they are not loaded, let alone followed.
+            entry = (token // block_size).to(tl.int64) * table_stride_block
+            page = tl.load(table + entry, mask=is_token, other=0).to(tl.int64)
+            kv_row = page * kv_stride_block + (token % block_size).to(tl.int64) * kv_stride_token
+        kv_row = kv_base + kv_row[:, None]
+        # Rows past the length may hold NaN, and 0 * NaN is NaN: they arrive as zeros.
+        latent = tl.load(kv_row + column[None, :], mask=is_token[:, None], other=0.0)
+        k_rope = tl.load(kv_row + KV_LORA_RANK + column_rope[None, :], mask=is_token[:, None], other=0.0)
+
+        scores = tl.dot(q_rope, tl.trans(k_rope))
+        scores = tl.dot(q_latent, tl.trans(latent), scores)
+        is_visible = is_token[None, :] & (token[None, :] < visible[:, None])
+        scores = tl.where(is_visible, scores * softmax_scale_log2, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen nothing yet has maximum -inf; -inf - -inf is NaN.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probability = tl.exp2(scores - reference[:, None])
+        alpha = tl.exp2(row_max - reference)
+        row_sum = row_sum * alpha + tl.sum(probability, 1)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(probability.to(latent.dtype), latent, acc)
+        row_max = new_max
+
+    seen = row_sum > 0.0
+    acc = acc * tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)[:, None]
+    log_sum = row_max + tl.log2(tl.where(seen, row_sum, 1.0))  # log2; -inf where nothing is visible
+    if num_parts == 1:
+        out_row = (request.to(tl.int64) * seqlen_q + token_q) * num_heads + head
+        tl.store(out + out_row[:, None] * KV_LORA_RANK + column[None, :], acc.to(out.dtype.element_ty), is_row[:, None])
+        lse_row = (request.to(tl.int64) * num_heads + head) * seqlen_q + token_q
+        natural = log_sum * 0.6931471805599453  # ln 2
+        tl.store(lse + lse_row, tl.where(seen, natural, float("inf")), is_row)
+    else:
+        partial_row = (item.to(tl.int64) * seqlen_q + token_q) * num_heads + head
+        tl.store(o_partial + partial_row[:, None] * KV_LORA_RANK + column[None, :], acc, is_row[:, None])
+        tl.store(lse_partial + partial_row, log_sum, is_row)
+
+
+@triton.jit
+def merge_kernel(
+    first_item,  # int32 [batch + 1]
+    out,  # [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
+    lse,  # fp32 [batch, num_heads, seqlen_q], contiguous, natural log
+    o_partial,  # fp32 [num_items, seqlen_q, num_heads, KV_LORA_RANK]
+    lse_partial,  # fp32 [num_items, seqlen_q, num_heads], log2
+    seqlen_q,
+    num_heads,
+    KV_LORA_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,  # query rows (token, head) of one request per program
+    BLOCK_D: tl.constexpr,  # columns per program
+    BLOCK_PARTS: tl.constexpr,  # parts in flight at once
+):
+    """out = sum_i 2**(lse_i - lse) * o_i over the parts of a request; requests of one part are done already."""
+    rows = seqlen_q * num_heads
+    chunks = tl.cdiv(rows, BLOCK_ROWS)
+    column_chunks = KV_LORA_RANK // BLOCK_D
+    request = tl.program_id(0) // (chunks * column_chunks)
+    chunk = tl.program_id(0) // column_chunks % chunks
+    column = tl.program_id(0) % column_chunks * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.load(first_item + request)
+    num_parts = tl.load(first_item + request + 1) - first
+    if num_parts > 1:
+        row = chunk * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        is_row = row < rows
+        row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+        acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+        for start in range(0, num_parts, BLOCK_PARTS):
+            part = start + tl.arange(0, BLOCK_PARTS)
+            partial_row = (first + part).to(tl.int64)[:, None] * rows + row[None, :]
+            is_part = (part < num_parts)[:, None] & is_row[None, :]
+            part_lse = tl.load(lse_partial + partial_row, is_part, other=float("-inf"))  # [BLOCK_PARTS, BLOCK_ROWS]
+            o_row = o_partial + partial_row[:, :, None] * KV_LORA_RANK + column[None, None, :]
+            part_o = tl.load(o_row, is_part[:, :, None], other=0.0)
+            new_max = tl.maximum(row_max, tl.max(part_lse, 0))
+            reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weight = tl.exp2(part_lse - reference[None, :])
+            alpha = tl.exp2(row_max - reference)
+            row_sum = row_sum * alpha + tl.sum(weight, 0)
+            acc = acc * alpha[:, None] + tl.sum(part_o * weight[:, :, None], 0)
+            row_max = new_max
+        seen = row_sum > 0.0
+        acc = acc * tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)[:, None]
+        out_row = request.to(tl.int64) * rows + row
+        tl.store(out + out_row[:, None] * KV_LORA_RANK + column[None, :], acc.to(out.dtype.element_ty), is_row[:, None])
+        natural = (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * 0.6931471805599453  # ln 2
+        lse_row = (request.to(tl.int64) * num_heads + row % num_heads) * seqlen_q + row // num_heads
+        is_first = tl.program_id(0) % column_chunks == 0  # every column chunk computes it, one stores it
+        tl.store(lse + lse_row, tl.where(seen, natural, float("inf")), is_row & is_first)
+
+
+@triton.jit(do_not_specialize=["batch", "num_items"])
+def plan_kernel(
+    cache_seqlens,  # int32 [batch]
+    items,  # int32 [num_items, 4]
+    first_item,  # int32 [batch + 1]
+    seqlens_stride,
+    batch,
+    num_items,
+    UNIT: tl.constexpr,  # tokens
+    BLOCK: tl.constexpr,  # requests, or items, at a time
+):
+    """One program: the smallest part length (in units) whose parts fit into num_items, then the parts in order."""
+    lane = tl.arange(0, BLOCK)
+    longest = tl.full([], 1, tl.int32)
+    for start in range(0, batch, BLOCK):
+        request = start + lane
+        length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
+        longest = tl.maximum(longest, tl.max((tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT, 0).to(tl.int32))
+
+    low = tl.full([], 0, tl.int32)  # does not fit, or is zero
+    high = longest  # one part each: always fits
+    while high - low > 1:
+        middle = (low + high) // 2
+        total = tl.full([], 0, tl.int64)
+        for start in range(0, batch, BLOCK):
+            request = start + lane
+            length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
+            units = (tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT
+            parts = tl.maximum((units + middle - 1) // middle, 1)
+            total += tl.sum(tl.where(request < batch, parts, 0), 0)
+        fits = total <= num_items
+        low = tl.where(fits, low, middle)
+        high = tl.where(fits, middle, high)
+
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, batch, BLOCK):
+        request = start + lane
+        length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
+        units = ((tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT).to(tl.int32)
+        parts = tl.where(request < batch, tl.maximum((units + high - 1) // high, 1), 0)
+        tl.store(first_item + request, count + tl.cumsum(parts, 0) - parts, request < batch)
+        count += tl.sum(parts, 0)
+    tl.store(first_item + batch, count)
+    tl.debug_barrier()  # other threads of this program read first_item next
+
+    for start in range(0, num_items, BLOCK):
+        index = start + lane
+        used = index < count
+        # Last request whose first item is not after this one.
+        below = tl.zeros([BLOCK], tl.int32)
+        above = tl.zeros([BLOCK], tl.int32) + batch
+        span = batch
+        while span > 1:
+            middle = (below + above) // 2
+            goes_right = tl.load(first_item + middle, used, other=0) <= index
+            below = tl.where(goes_right, middle, below)
+            above = tl.where(goes_right, above, middle)
+            span = (span + 1) // 2
+        begin = tl.load(first_item + below, used, other=0)
+        parts = tl.load(first_item + below + 1, used, other=0) - begin
+        row = items + index * 4
+        is_item = index < num_items
+        tl.store(row, tl.where(used, below, -1), is_item)
+        tl.store(row + 1, tl.where(used, index - begin, -1), is_item)
+        tl.store(row + 2, tl.where(used, parts, -1), is_item)
+        tl.store(row + 3, tl.where(used, begin, -1), is_item)
+
+
+@triton.jit
+def append_kernel(
+    kv_cache,  # [num_blocks, block_size, h_kv, D_QK]; strides in elements
+    latent,  # [batch, seqlen_q, h_kv, KV_LORA_RANK]
+    k_rope,  # [batch, seqlen_q, h_kv, QK_ROPE_HEAD_DIM]
+    slots,  # int64 [batch, seqlen_q]
+    kv_stride_block,
+    kv_stride_token,
+    kv_stride_head,
+    latent_stride_batch,
+    latent_stride_token,
+    latent_stride_head,
+    latent_stride_column,
+    rope_stride_batch,
+    rope_stride_token,
+    rope_stride_head,
+    rope_stride_column,
+    slots_stride_batch,
+    slots_stride_token,
+    num_rows,  # batch * seqlen_q * h_kv
+    seqlen_q,
+    h_kv,
+    block_size,
+    KV_LORA_RANK: tl.constexpr,
+    QK_ROPE_HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = row < num_rows
+    head = row % h_kv
+    token = row // h_kv % seqlen_q
+    request = row // h_kv // seqlen_q
+    slot = tl.load(slots + request * slots_stride_batch + token * slots_stride_token, is_row, other=0)
+    target = kv_cache + slot // block_size * kv_stride_block + slot % block_size * kv_stride_token
+    target = (target + head * kv_stride_head)[:, None]
+    column = tl.arange(0, KV_LORA_RANK)[None, :]
+    source = latent + request * latent_stride_batch + token * latent_stride_token + head * latent_stride_head
+    value = tl.load(source[:, None] + column * latent_stride_column, is_row[:, None])
+    tl.store(target + column, value, is_row[:, None])
+    column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
+    source = k_rope + request * rope_stride_batch + token * rope_stride_token + head * rope_stride_head
+    value = tl.load(source[:, None] + column * rope_stride_column, is_row[:, None])
+    tl.store(target + KV_LORA_RANK + column, value, is_row[:, None])

@@ -1,0 +1,1 @@
+"""Measurements behind `flash-mla bench`: the decode kernel by shape, `generate()` by step."""

@@ -1,0 +1,257 @@
+"""One layer's pool of latent pages, in the shape of a Transformers cache layer.
+
+Under "flash_mla" `update` writes nothing: it returns a handle, and the attention function, which is the first to see
+the mask, writes the real tokens (`write`). Under any other attention `update` writes everything and returns the whole
+context in padded order, as Transformers' own layers do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .. import ops
+from .state import PagedGroup, PagedState
+
+__all__ = ["Latents", "PagedLatentLayer"]
+
+
+class Latents:
+    """New tokens of one layer on their way to the attention function; stands where keys and values would.
+
+    Attributes:
+        layer: the cache layer that they belong to.
+        latent: `[batch, 1, seqlen_q, kv_lora_rank]`, normalised.
+        k_rope: `[batch, 1, seqlen_q, qk_rope_head_dim]`, rotated.
+    """
+
+    __slots__ = ("k_rope", "latent", "layer")
+
+    def __init__(self, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor) -> None:
+        self.layer = layer
+        self.latent = latent
+        self.k_rope = k_rope
+
+
+class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Pages `[num_blocks, block_size, 1, kv_lora_rank + qk_rope_head_dim]` of one MLA layer.
+
+    Args:
+        group: what it shares with the other paged layers: options, the attention in use, lengths and pages.
+        index: its number among the model's layers.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, group: PagedGroup, index: int) -> None:
+        super().__init__()
+        self.group = group
+        self.index = index
+        self.is_leader = False
+        self.kv_cache: torch.Tensor | None = None
+        self.state: PagedState | None = None
+        self.kv_lora_rank = 0
+        # The up-projection of a module that is not a plain linear layer, as a matrix kept here so that they die with the generation
+        # (hf/absorb.py): the key says which adapters and weights they were made from.
+        self.absorbed_key: object = None
+        self.absorbed: torch.Tensor | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Fixed capacity only: growing hands out pages on the host."""
+        return self.group.max_cache_len is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; missing (AttributeError) before the first token, as in Transformers' layers."""
+        if self.state is None:
+            raise AttributeError("batch_size")
+        return self.state.batch
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the pool for latents of this shape, dtype and device, and join the state of that device.
+
+        Args:
+            key_states: `[batch, 1, seqlen_q, kv_lora_rank]`; only shape, dtype and device are used.
+            value_states: `[batch, 1, seqlen_q, qk_rope_head_dim]`, likewise.
+        """
+        batch, device = key_states.shape[0], key_states.device
+        self.state, self.is_leader = self.group.join(batch, device)
+        self.kv_lora_rank = key_states.shape[-1]
+        d_qk = self.kv_lora_rank + value_states.shape[-1]
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.kv_cache = torch.zeros((self.state.num_blocks, self.state.block_size, 1, d_qk), dtype=dtype, device=device)
+        if self.state.is_fixed and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.kv_cache)
+        self.dtype, self.device = dtype, device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Take new latents.
+
+        Args:
+            key_states: `[batch, 1, seqlen_q, kv_lora_rank]`, the normalised latents.
+            value_states: `[batch, 1, seqlen_q, qk_rope_head_dim]`, the rotated keys.
+        Returns: under "flash_mla" the same `Latents` twice, nothing written yet; otherwise the whole context in padded
+            order, `[batch, 1, positions, kv_lora_rank]` and `[batch, 1, positions, qk_rope_head_dim]`.
+        Raises: ValueError: not latents, other dims, dtype, device or batch than before, or no room (nothing written).
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = Latents(self, key_states, value_states)
+        assert self.state is not None
+        if self.is_leader and not torch.compiler.is_compiling():
+            if not self.state.has_context and key_states.shape[0] != self.state.batch:
+                self.state.start(key_states.shape[0])
+            self.state.check_room(key_states.shape[2])
+        if self.group.attention == "flash_mla":
+            return new, new
+        if self.is_leader:
+            self.state.padding_unknown = True
+        self.write(new, None)
+        return self.gather()
+
+    def _check(self, latent: torch.Tensor, k_rope: torch.Tensor) -> None:
+        where = f"flash_mla.PagedLatentCache: layer {self.index}"
+        if latent.ndim != 4 or latent.shape[1] != 1 or k_rope.shape[:3] != latent.shape[:3]:
+            raise ValueError(
+                f"{where}: latents must be [batch, 1, seqlen_q, kv_lora_rank] and [batch, 1, seqlen_q, "
+                f"qk_rope_head_dim], got {tuple(latent.shape)} and {tuple(k_rope.shape)}"
+            )
+        rank = self.group.kv_lora_ranks[self.index]
+        if rank is not None and latent.shape[-1] != rank:
+            raise ValueError(f"{where}: latents must have kv_lora_rank={rank} columns, got {latent.shape[-1]}")
+        if self.kv_cache is None or self.state is None:
+            return
+        dtype = torch.promote_types(latent.dtype, k_rope.dtype)
+        d_qk = latent.shape[-1] + k_rope.shape[-1]
+        if (self.kv_lora_rank, self.kv_cache.shape[3]) != (latent.shape[-1], d_qk):
+            raise ValueError(
+                f"{where}: holds rows of {self.kv_lora_rank} + {self.kv_cache.shape[3] - self.kv_lora_rank} columns, "
+                f"got {latent.shape[-1]} + {k_rope.shape[-1]}: a cache of another model?"
+            )
+        if dtype != self.kv_cache.dtype or latent.device != self.kv_cache.device:
+            raise ValueError(
+                f"{where}: holds {self.kv_cache.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}"
+            )
+        if latent.shape[0] != self.state.batch and (self.state.has_context or self.state.is_fixed):
+            raise ValueError(f"{where}: holds a batch of {self.state.batch}, got {latent.shape[0]}")
+
+    def write(self, new: Latents, valid: torch.Tensor | None) -> None:
+        """Store new tokens; the leader first moves the shared state on.
+
+        Args:
+            new: from `update`.
+            valid: bool `[batch, seqlen_q]`, False where a position is padding and not to be stored; None: all real.
+        """
+        assert self.state is not None and self.kv_cache is not None
+        if self.is_leader:
+            self.state.advance(new.latent.shape[2], valid)
+        self._follow()
+        dtype = self.kv_cache.dtype
+        ops.append(
+            self.kv_cache,
+            new.latent.transpose(1, 2).to(dtype),
+            new.k_rope.transpose(1, 2).to(dtype),
+            self.state.slots,
+            backend=self.group.backend,
+        )
+
+    def _follow(self) -> None:
+        """Let the pool follow what the state decided: grow it, and copy shared pages before one row writes to them."""
+        assert self.state is not None and self.kv_cache is not None
+        if self.state.is_fixed:
+            return
+        if self.kv_cache.shape[0] < self.state.num_blocks:
+            pool = self.kv_cache.new_zeros((self.state.num_blocks, *self.kv_cache.shape[1:]))
+            pool[: self.kv_cache.shape[0]] = self.kv_cache
+            self.kv_cache = pool
+        if self.state.copies is not None:
+            source, destination = self.state.copies
+            self.kv_cache[destination] = self.kv_cache[source]
+
+    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole context in padded order, zeros where nothing is stored.
+
+        Returns: latent `[batch, 1, positions, kv_lora_rank]` and k_rope `[batch, 1, positions, qk_rope_head_dim]`.
+        """
+        assert self.state is not None and self.kv_cache is not None
+        slots, stored = self.state.positions()
+        rows = self.kv_cache[slots // self.state.block_size, slots % self.state.block_size, 0]
+        if stored is not None:
+            rows = rows.masked_fill(~stored.unsqueeze(-1), 0)  # page 0 may hold anything, NaN included
+        latent, k_rope = rows.unsqueeze(1).split((self.kv_lora_rank, rows.shape[-1] - self.kv_lora_rank), dim=-1)
+        return latent, k_rope
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | torch.Tensor]:
+        """(length, offset) of the keys that a mask must cover.
+
+        Under "flash_mla" the new tokens only: everything stored is visible. Otherwise the whole context.
+        """
+        seen = self.get_seq_length()
+        if self.group.attention == "flash_mla" and not (self.state is not None and self.state.padding_unknown):
+            return query_length, seen
+        if self.group.max_cache_len is not None:
+            return self.group.max_cache_len, 0
+        assert isinstance(seen, int)
+        return seen + query_length, 0
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Padded length, as `generate` counts it; with fixed capacity a tensor without dimensions."""
+        return self.state.seen if self.state is not None else 0
+
+    def get_max_length(self) -> int:
+        """Positions that fit, -1 if the cache grows."""
+        return self.group.max_cache_len if self.group.max_cache_len is not None else -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions of every row (padded count); zero or negative."""
+        self.group.check_crop(tokens_to_remove)
+        if self.is_leader and self.state is not None:
+            self.state.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (numbers, or a bool mask over the batch), in that order."""
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times; the pages are shared until one of the copies is written to."""
+        if self.state is not None:
+            self.select_rows(torch.arange(self.state.batch).repeat_interleave(repeats))
+
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row `indices[i]` was. Growing: by table; fixed: every layer moves its rows."""
+        if self.state is None or self.kv_cache is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        if self.is_leader:
+            self.state.select(indices)
+        if self.state.is_fixed:
+            rows = self.kv_cache[1:].unflatten(0, (self.state.batch, -1))
+            rows.copy_(rows[indices.to(rows.device)])
+
+    def reset(self) -> None:
+        """Forget every token; the pool is kept."""
+        if self.is_leader and self.state is not None:
+            self.state.reset()
+        self.absorbed = self.absorbed_key = None
+
+    def offload(self) -> None:
+        """Refused: pages are shared between layers' tables and read by kernels in place."""
+        raise ValueError("flash_mla.PagedLatentCache: offloading is Transformers' own; use cache_implementation='offloaded'")
+
+    prefetch = offload

@@ -1,0 +1,143 @@
+"""The commands and their options; what they do lives in `cli.env` and `flash_mla.bench`."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
+app.add_typer(bench, name="bench")
+
+console = Console()
+
+RESULTS = Path("benchmarks/results")
+Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
+
+
+class Attention(str, Enum):
+    """Names of attention implementations that `bench generate` compares."""
+
+    flash_mla = "flash_mla"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class CacheKind(str, Enum):
+    """How the cache gets its memory: growing, or at fixed capacity (compiled by Transformers on a GPU)."""
+
+    dynamic = "dynamic"
+    static = "static"
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Versions, GPU, which backend would run and why the others would not, and what shadows this package."""
+    from .env import environment, show
+
+    report = environment()
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        show(report, console)
+
+
+@bench.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Hub id, path, or a random shape: v2-lite, v3-layer, tiny.")] = "tiny",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens per row; for v3-layer, tokens in the cache.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=3)] = 32,
+    attn: Annotated[Attention, typer.Option()] = Attention.flash_mla,
+    cache: Annotated[CacheKind, typer.Option()] = CacheKind.dynamic,
+    baseline: Annotated[Optional[Attention], typer.Option(help="Measure this attention too.")] = None,
+    experts: Annotated[
+        Optional[str], typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")
+    ] = None,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads of v3-layer.")] = 128,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Input columns of v3-layer.")] = 7168,
+    device: Annotated[Optional[str], typer.Option(help="Default: a GPU if there is one.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    warmup: Annotated[bool, typer.Option(help="Run a few steps of the same shape first.")] = True,
+    out: Out = RESULTS,
+) -> None:
+    """Time `generate()` step by step: TTFT, late-step median, tokens/s, peak memory, cache bytes, paths taken."""
+    import torch
+
+    from ..bench.report import machine, write_report
+    from .tables import generate_table, layer_table
+
+    where, kind = _device(device), _dtype(dtype, device)
+    names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
+    head = machine(where)
+    if model == "v3-layer":
+        from ..bench.generate import time_layer
+
+        layers = [
+            time_layer(
+                attn=name,
+                num_heads=num_heads,
+                batch=batch,
+                seqlen_k=prompt,
+                device=where,
+                dtype=kind,
+                hidden_size=hidden_size,
+            )
+            for name in names
+        ]
+        console.print(layer_table(layers, head["device"]))
+        report = {**head, "what": "decode step of one DeepseekV3Attention", "rows": [row.to_json() for row in layers]}
+        typer.echo(f"wrote {write_report(out, f'layer-h{num_heads}-b{batch}-k{prompt}', report)}")
+        return
+
+    from ..bench.generate import time_generate
+    from ..bench.shapes import build_model
+
+    loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+    if experts is not None:
+        loaded.set_experts_implementation(experts)
+    rows, tokens = [], []
+    for name in names:
+        torch._dynamo.reset()  # a compiled forward of the attention before would be kept and its memory counted
+        row, generated = time_generate(
+            loaded,
+            name=model,
+            attn=name,
+            cache=cache.value,
+            batch=batch,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            warmup=warmup,
+        )
+        rows.append(row)
+        tokens.append(generated)
+    console.print(generate_table(rows, head["device"]))
+    report = {**head, "what": "generate(), greedy", "experts": experts, "rows": [row.to_json() for row in rows]}
+    if len(tokens) == 2:
+        same = int((tokens[0] == tokens[1]).all(dim=1).sum())
+        report["rows_with_identical_tokens"] = same
+        typer.echo(f"{same} of {batch} rows have identical tokens")
+    stem = f"generate-{Path(model).name}-b{batch}-p{prompt}-{cache.value}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+
+
+def _device(name: str | None) -> "torch.device":  # noqa: F821
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _dtype(name: str | None, device: str | None) -> "torch.dtype":  # noqa: F821
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype):
+        raise typer.BadParameter(f"no such dtype: {name}", param_hint="--dtype")
+    return kind

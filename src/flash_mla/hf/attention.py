@@ -1,0 +1,320 @@
+"""The attention function behind `attn_implementation="flash_mla"`: which of four paths a call takes, and why.
+
+dense: no paged cache in this call (another cache, training, vision towers): SDPA, as Transformers would.
+prefill: the cache was empty: the new tokens are expanded and attend to each other; nothing is read back.
+absorbed: the queries are multiplied by W_UK, attend to the latents in their pages, and W_UV follows.
+gathered: a padded or custom-masked chunk on top of a context, or so long a chunk that expanding pays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .. import ops
+from ..cache import Latents, PagedLatentLayer
+from ..contract import UnsupportedError
+from .absorb import absorbable, absorbed_weights, expanded_by_us
+from .paths import record
+
+__all__ = ["flash_mla_attention"]
+
+
+def flash_mla_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | Latents,
+    value: torch.Tensor | Latents,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as Transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: `[batch, num_heads, seqlen_q, qk_nope_head_dim + qk_rope_head_dim]`, rotated.
+        key, value: the paged cache's handle (twice), or expanded tensors `[batch, num_heads, positions, head_dim]`.
+        attention_mask: `[batch, 1, seqlen_q, positions]`, bool (True = visible) or additive; None = plain causal.
+        dropout: probability, for training.
+        scaling: multiplier of the scores.
+        kwargs: what models pass besides (`indices`, `s_aux`, `cu_seq_lens_q`, `is_causal`, ...).
+    Returns: `[batch, seqlen_q, num_heads, v_head_dim]` and None (attention weights are never formed).
+    Raises: UnsupportedError: continuous batching. ValueError: training on a paged cache.
+    """
+    if kwargs.get("cache") is not None:
+        raise UnsupportedError(
+            "flash_mla: continuous batching (generate_batch, PagedAttentionCache) is not supported: its pages hold "
+            "expanded keys and values and it passes no mask; use generate(), or attn_implementation='sdpa'"
+        )
+    if not isinstance(key, Latents):
+        assert isinstance(value, torch.Tensor)
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if kwargs.get("indices") is not None or kwargs.get("s_aux") is not None:
+        raise UnsupportedError("flash_mla: indices and s_aux are not supported on the paged cache yet")
+    if module.training and torch.is_grad_enabled() and key.latent.requires_grad:
+        raise ValueError("flash_mla: a paged cache keeps no gradients; train with use_cache=False")
+    return _paged(module, query, key, attention_mask, dropout, scaling, kwargs)
+
+
+# --- paged ------------------------------------------------------------------------------------------------------------
+
+
+def _paged(
+    module: Any,
+    query: torch.Tensor,
+    new: Latents,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    layer, state = new.layer, new.layer.state
+    assert state is not None
+    seqlen_q = query.shape[2]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if mask is None:
+        state.padding_unknown = False
+    covers_context = mask is not None and mask.shape[-1] != seqlen_q
+    layer.write(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
+    model_type = module.config.model_type
+    if covers_context:
+        record(model_type, "gathered", "a mask over the whole context was given")
+    elif seqlen_q == 1 and absorbable(module):
+        record(model_type, "absorbed")
+        return _absorbed(module, query, new, scaling, causal=False), None
+    elif seqlen_q > 1 and not state.had_context:
+        record(model_type, "prefill")
+        key, value = _expand(module, layer, new.latent, new.k_rope)
+        return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
+    elif mask is None and absorbable(module) and seqlen_q <= _longest_absorbed(module):
+        record(model_type, "absorbed")
+        return _absorbed(module, query, new, scaling, causal=True), None
+    else:
+        long = f"{seqlen_q} new tokens: expanding the context costs less from {_longest_absorbed(module) + 1} on"
+        record(model_type, "gathered", long if mask is None else "padding in a chunk on top of a context")
+    latent, k_rope = layer.gather()
+    key, value = _expand(module, layer, latent, k_rope)
+    visible = _over_context(mask, layer, query.shape[0], seqlen_q, key.shape[2])
+    return _sdpa(module, query, key, value, visible, dropout, scaling, kwargs)
+
+
+def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen_q: int) -> torch.Tensor:
+    """Which new tokens are not padding, bool `[batch, seqlen_q]`: a token that may see itself is real."""
+    assert layer.state is not None
+    visible = _as_bool(mask[:, 0])
+    if layer.state.is_fixed and mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
+        # A mask over the whole capacity: the new columns begin at the present length. The leader has not moved it on
+        # yet; the layers after it do not use the answer.
+        columns = layer.state.seen + torch.arange(seqlen_q, device=mask.device)
+        visible = visible.index_select(-1, columns.clamp(max=mask.shape[-1] - 1))
+    else:
+        visible = visible[..., -seqlen_q:]
+    return visible.diagonal(dim1=-2, dim2=-1).expand(batch, seqlen_q)
+
+
+def _as_bool(mask: torch.Tensor) -> torch.Tensor:
+    """True = visible, from a bool or an additive mask (0 = visible, the dtype's minimum or -inf = not)."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _longest_absorbed(module: Any) -> int:
+    """Most new tokens per request for which attending to latents takes fewer FLOP than expanding the context.
+
+    Per head and context token, in FLOP / 2: expanding costs R * (nope + v) once and nope + rope + v per query;
+    absorbed costs 2 R + rope per query. Equal at q = R (nope + v) / (2 R - nope - v): 170 for DeepSeek-V3.
+    """
+    rank, per_head = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
+    return int(rank * per_head / max(1, 2 * rank - per_head))
+
+
+def _absorbed(module: Any, query: torch.Tensor, new: Latents, scaling: float, causal: bool) -> torch.Tensor:
+    layer, state = new.layer, new.layer.state
+    assert state is not None and layer.kv_cache is not None
+    w_uk, w_uv = absorbed_weights(module, layer, new.latent, refresh=query.shape[2] > 1)
+    q_nope, q_rope = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
+    q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
+    q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
+    plan = None
+    if q.is_cuda and not torch.compiler.is_compiling():
+        if state.plan is None or (state.plan.seqlen_q, state.plan.num_heads) != tuple(q.shape[1:3]):
+            state.plan = ops.plan_splits(
+                q,
+                layer.kv_cache,
+                state.block_table,
+                state.cache_seqlens,
+                kv_lora_rank=layer.kv_lora_rank,
+                causal=causal,
+                backend=layer.group.backend,
+            )
+        plan = state.plan
+    out, _ = ops.decode(
+        q,
+        layer.kv_cache,
+        state.block_table,
+        state.cache_seqlens,
+        kv_lora_rank=layer.kv_lora_rank,
+        softmax_scale=scaling,
+        causal=causal,
+        plan=plan,
+        backend=layer.group.backend,
+    )
+    return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype)).to(query.dtype)
+
+
+def _expand(
+    module: Any, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some latents, by the module's own `expand_kv` where it can run."""
+    ours = expanded_by_us(module, layer, latent, k_rope)
+    if ours is not None:
+        return ours
+    key, value = module.expand_kv(latent, k_rope)
+    return key, value
+
+
+def _over_context(
+    mask: torch.Tensor | None, layer: PagedLatentLayer, batch: int, seqlen_q: int, num_keys: int
+) -> torch.Tensor:
+    """A mask `[batch, 1, seqlen_q, num_keys]` over the gathered context, the new tokens being written already."""
+    state = layer.state
+    assert state is not None
+    device = state.device
+    if mask is not None and mask.shape[-1] != seqlen_q:
+        missing = num_keys - mask.shape[-1]
+        if missing < 0 or (missing > 0 and not state.is_fixed):
+            raise ValueError(
+                f"flash_mla: attention_mask must cover the {num_keys} positions in the cache, got {tuple(mask.shape)}"
+            )
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return nn.functional.pad(mask, (0, missing), value=hidden)
+    _, stored = state.positions()
+    if stored is None:
+        stored = torch.ones((batch, num_keys), dtype=torch.bool, device=device)
+    visible = stored[:, None, None, :].expand(batch, 1, seqlen_q, num_keys).clone()
+    if mask is None:
+        new = torch.ones((seqlen_q, seqlen_q), dtype=torch.bool, device=device).tril()
+    else:
+        new = _as_bool(mask).to(device)
+    columns = (state.seen - seqlen_q) + torch.arange(seqlen_q, device=device)
+    visible[..., columns] = new.expand(batch, 1, seqlen_q, seqlen_q)
+    return visible
+
+
+# --- dense ------------------------------------------------------------------------------------------------------------
+
+
+def _dense(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    model_type = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+    indices, sinks = kwargs.pop("indices", None), kwargs.pop("s_aux", None)
+    lengths = kwargs.get("cu_seq_lens_q")
+    if indices is not None:
+        record(model_type, "dense", "the indexer's choice as a mask")
+        mask = _chosen(indices, mask, query, key)
+    elif lengths is not None and mask is None:
+        record(model_type, "dense", "packed sequences, one by one")
+        return _packed(module, query, key, value, dropout, scaling, kwargs)
+    else:
+        record(model_type, "dense", "no paged cache in this call")
+    if sinks is not None:
+        return _with_sinks(module, query, key, value, mask, sinks, dropout, scaling), None
+    return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
+
+
+def _sdpa(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    passed = {name: kwargs[name] for name in ("is_causal", "softcap", "position_bias") if name in kwargs}
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed
+    )
+    return out, None
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Plain causal mask `[1, 1, seqlen_q, positions]`, bottom-right aligned."""
+    seqlen_q, num_keys = query.shape[2], key.shape[2]
+    ones = torch.ones((seqlen_q, num_keys), dtype=torch.bool, device=query.device)
+    return ones.tril(num_keys - seqlen_q)[None, None]
+
+
+def _chosen(
+    indices: torch.Tensor, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Fold the indexer's choice (int `[batch, seqlen_q, topk]`, -1 = nothing) into the mask, as eager does itself."""
+    num_keys = key.shape[2]
+    # One column more than keys takes every index that names no key.
+    where = torch.where((indices >= 0) & (indices < num_keys), indices, num_keys).long()
+    chosen = torch.zeros((*indices.shape[:2], num_keys + 1), dtype=torch.bool, device=query.device)
+    chosen = chosen.scatter(-1, where, True)[:, None, :, :num_keys]
+    mask = _causal(query, key) if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _packed(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Sequences packed one after the other in a batch of one (vision towers, padding-free training), each by itself."""
+    ends_q = kwargs["cu_seq_lens_q"].tolist()
+    ends_k = kwargs["cu_seq_lens_k"].tolist() if kwargs.get("cu_seq_lens_k") is not None else ends_q
+    is_causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    outs = []
+    for begin_q, end_q, begin_k, end_k in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        part_q, part_k = query[:, :, begin_q:end_q], key[:, :, begin_k:end_k]
+        mask = _causal(part_q, part_k) if causal else None
+        own = {**kwargs, "is_causal": False}
+        out, _ = _sdpa(module, part_q, part_k, value[:, :, begin_k:end_k], mask, dropout, scaling, own)
+        outs.append(out)
+    return torch.cat(outs, dim=1), None
+
+
+def _with_sinks(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention whose softmax has one more, valueless entry per head (`sinks` `[num_heads]`)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    visible = _causal(query, key) if mask is None else mask
+    minimum = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~visible, minimum) if visible.dtype == torch.bool else scores + visible
+    entry = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    probability = torch.cat((scores, entry), dim=-1).float().softmax(-1)[..., :-1].to(value.dtype)
+    probability = nn.functional.dropout(probability, p=dropout, training=module.training)
+    return (probability @ value).transpose(1, 2).contiguous()

@@ -1,0 +1,80 @@
+"""Which model families run on the paged cache, which keep Transformers' own, and how to tell from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FAMILIES", "Family", "family_of", "require_mla"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of MLA models in Transformers, keyed by the model type of its text config.
+
+    Attributes:
+        cache: "paged": absorbed decode on pages; "own": Transformers' own cache and the dense path.
+        latent: (kv_lora_rank, qk_rope_head_dim) of the published configs.
+        note: what is particular about it, for `docs/models.md`.
+    """
+
+    cache: str
+    latent: tuple[int, int]
+    note: str = ""
+
+
+_SPARSE = "sparse attention (indexer): dense path with the indexer's choice as a mask"
+
+FAMILIES = {
+    "deepseek_v2": Family("paged", (512, 64)),
+    "deepseek_v3": Family("paged", (512, 64), "also the text model of kimi_k25"),
+    "youtu": Family("paged", (512, 64)),
+    "axk1": Family("paged", (512, 64)),
+    "glm4_moe_lite": Family("paged", (512, 64), "20 heads, v_head_dim 256"),
+    "mistral4": Family("paged", (256, 64), "query scale by position"),
+    "minicpm3": Family("paged", (256, 32)),
+    "longcat_flash": Family("paged", (512, 64), "two attentions per layer; its experts do not compile into one graph"),
+    "kimi_linear": Family("paged", (512, 64), "linear-attention layers keep Transformers' own cache; no rotation"),
+    "bailing_hybrid": Family("paged", (512, 64), "linear-attention layers keep Transformers' own cache"),
+    "dots3_note_text": Family("paged", (512, 64), "sliding layers keep Transformers' own cache"),
+    "deepseek_v32": Family("own", (512, 64), _SPARSE),
+    "glm_moe_dsa": Family("own", (512, 64), _SPARSE),
+    "axk2": Family("own", (128, 32), _SPARSE),
+    "hy_v4": Family("own", (512, 64), _SPARSE + "; attention sinks"),
+    "mistral_large4_text": Family("own", (256, 64), _SPARSE + "; layers share keys and values"),
+    "glm5_next_text": Family("own", (512, 0), "reads Transformers' cache layers directly; dense path"),
+}
+
+
+def has_latents(config: Any) -> bool:
+    """Whether a text config describes Multi-head Latent Attention in at least one layer."""
+    if getattr(config, "model_type", None) in FAMILIES:
+        return True
+    try:
+        return getattr(config, "kv_lora_rank", None) is not None
+    except AttributeError:
+        return False
+    except ValueError:
+        # Configs that differ by layer raise on the plain attribute: it exists, only not once for all layers.
+        return True
+
+
+def family_of(config: Any) -> Family | None:
+    """The family of a text config; an unlisted one with `kv_lora_rank` is tried on the paged cache, None has no MLA."""
+    if not has_latents(config):
+        return None
+    return FAMILIES.get(config.model_type, Family("paged", (0, 0), "not listed"))
+
+
+def require_mla(config: Any) -> Family:
+    """The family of a text config.
+
+    Raises: ValueError: the config has no `kv_lora_rank`.
+    """
+    family = family_of(config)
+    if family is None:
+        raise ValueError(
+            f'flash_mla: attn_implementation="flash_mla" needs a model with Multi-head Latent Attention, but the config '
+            f"of model type {getattr(config, 'model_type', None)!r} has no kv_lora_rank"
+        )
+    return family
