@@ -228,7 +228,7 @@ def check_plan(call: DecodeCall, items: torch.Tensor, first_item: torch.Tensor, 
 
     Args:
         call: the decode call that is to use the plan.
-        items: int32 `[num_items >= batch, 4]`: request, part, num_parts, first item of the request; request -1 = unused.
+        items: int32 `[num_items >= batch, 4]`: request, part, num_parts, first item of the request; -1 = unused.
         first_item: int32 `[batch + 1]`: where each request's items begin; the last entry is their number.
         function: the name that error messages carry.
     """

@@ -68,7 +68,7 @@ def decode(
     items: torch.Tensor | None = None,
     first_item: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over gathered pages; scores, softmax and sums in fp32 (fp64 for fp64 input). A split plan is not needed.
+    """Attention over gathered pages; scores, softmax and sums in fp32 (fp64 for fp64 input). Ignores a split plan.
 
     Shapes as in `contract.check_decode`; returns out `[batch, seqlen_q, num_heads, kv_lora_rank]` in q's dtype and lse
     `[batch, num_heads, seqlen_q]` fp32 (fp64 for fp64 input), natural log, +inf where nothing is visible.

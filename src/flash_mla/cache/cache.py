@@ -1,4 +1,4 @@
-"""PagedLatentCache: Transformers' Cache with paged latent layers where the model has MLA, and its own layers elsewhere."""
+"""PagedLatentCache: Transformers' Cache, with paged latent layers where the model has MLA and its own elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from .layer import PagedLatentLayer

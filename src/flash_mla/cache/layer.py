@@ -55,8 +55,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.kv_cache: torch.Tensor | None = None
         self.state: PagedState | None = None
         self.kv_lora_rank = 0
-        # The up-projection of a module that is not a plain linear layer, as a matrix kept here so that they die with the generation
-        # (hf/absorb.py): the key says which adapters and weights they were made from.
+        # The up-projection of a module that is not a plain linear layer, as a matrix (hf/absorb.py). It is kept here so
+        # that it dies with the generation; the key says which adapters it was made from.
         self.absorbed_key: object = None
         self.absorbed: torch.Tensor | None = None
 
@@ -252,6 +252,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def offload(self) -> None:
         """Refused: pages are shared between layers' tables and read by kernels in place."""
-        raise ValueError("flash_mla.PagedLatentCache: offloading is Transformers' own; use cache_implementation='offloaded'")
+        raise ValueError(
+            "flash_mla.PagedLatentCache: offloading is Transformers' own: use cache_implementation='offloaded'"
+        )
 
     prefetch = offload

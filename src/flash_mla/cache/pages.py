@@ -58,7 +58,8 @@ class PageTable:
         return needed
 
     def extend(self, at_least_new: Sequence[int], at_most_new: Sequence[int]) -> list[tuple[int, int]]:
-        """Make room for new tokens in every row; the pool grows by at least half when it is full.
+        """Make room for new tokens in every row; the pool grows by at least an eighth when it is full (a pool that
+        grows is copied: each page about eight times in all, and at most an eighth lies idle).
 
         Args:
             at_least_new, at_most_new: bounds of the new tokens of each row (equal when the host knows them).
@@ -66,7 +67,7 @@ class PageTable:
         """
         missing = self.blocks_needed(at_most_new) - len(self._free)
         if missing > 0:
-            self._grow(self.num_blocks + max(missing, self.num_blocks // 2))
+            self._grow(self.num_blocks + max(missing, self.num_blocks // 8))
         copies = []
         for row, new in enumerate(at_most_new):
             if new > 0:
@@ -132,11 +133,8 @@ class PageTable:
             for page in pages:
                 counted[page] += 1
         if counted != self.reference_counts:
-            wrong = {
-                page: (self.reference_counts[page], n)
-                for page, n in enumerate(counted)
-                if n != self.reference_counts[page]
-            }
+            pairs = enumerate(zip(self.reference_counts, counted, strict=True))
+            wrong = {page: pair for page, pair in pairs if pair[0] != pair[1]}
             raise ValueError(f"flash_mla: reference counts differ from use, page: (count, uses) = {wrong}")
         if sorted(self._free) != [page for page, n in enumerate(counted) if n == 0]:
             raise ValueError(f"flash_mla: free list {sorted(self._free)} is not the list of unused pages")

@@ -19,7 +19,7 @@ __all__ = ["PagedGroup", "PagedState"]
 
 
 def _to_device(values: list[int] | list[list[int]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A small host list as a device tensor; from pinned memory on CUDA, so that the host does not wait for the device."""
+    """A small host list as a device tensor; from pinned memory on CUDA, so that the host does not wait."""
     host = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)

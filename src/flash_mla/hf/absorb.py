@@ -56,7 +56,8 @@ def _dequantised(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     weight, scale = linear.weight, linear.weight_scale_inv.float()
     rows, columns = getattr(linear, "block_size", None) or (128, 128)
     scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    return (weight.float() * scale).to(dtype)
+    matrix: torch.Tensor = (weight.float() * scale).to(dtype)
+    return matrix
 
 
 def _applied(linear: nn.Module, kv_lora_rank: int, like: torch.Tensor) -> torch.Tensor:

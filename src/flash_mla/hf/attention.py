@@ -245,9 +245,7 @@ def _sdpa(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     passed = {name: kwargs[name] for name in ("is_causal", "softcap", "position_bias") if name in kwargs}
-    out, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed
-    )
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed)
     return out, None
 
 
@@ -258,9 +256,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return ones.tril(num_keys - seqlen_q)[None, None]
 
 
-def _chosen(
-    indices: torch.Tensor, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor:
+def _chosen(indices: torch.Tensor, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Fold the indexer's choice (int `[batch, seqlen_q, topk]`, -1 = nothing) into the mask, as eager does itself."""
     num_keys = key.shape[2]
     # One column more than keys takes every index that names no key.

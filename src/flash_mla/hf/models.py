@@ -74,7 +74,7 @@ def require_mla(config: Any) -> Family:
     family = family_of(config)
     if family is None:
         raise ValueError(
-            f'flash_mla: attn_implementation="flash_mla" needs a model with Multi-head Latent Attention, but the config '
-            f"of model type {getattr(config, 'model_type', None)!r} has no kv_lora_rank"
+            'flash_mla: attn_implementation="flash_mla" needs a model with Multi-head Latent Attention, but the '
+            f"config of model type {getattr(config, 'model_type', None)!r} has no kv_lora_rank"
         )
     return family

@@ -153,7 +153,7 @@ _seen_types: set[str] = set()
 
 @functools.wraps(flash_mla_mask)
 def flash_mla_mask_hooked(*args: Any, **kwargs: Any) -> Any:
-    """`flash_mla_mask`; comes before attention in every forward, so a model whose config was set by hand is hooked too."""
+    """`flash_mla_mask`. It comes before attention in every forward, so a config that was set by hand is noticed too."""
     model_type = getattr(kwargs.get("config"), "model_type", "")
     if not torch.compiler.is_compiling() and model_type not in _seen_types:
         _seen_types.add(model_type)
@@ -184,7 +184,9 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
                 _hook_model(self)
                 _check_user_cache(user_cache, generation_config, model_kwargs, max_cache_length)
             elif user_cache is None and generation_config.use_cache is not False:
-                cache = _make_cache(self, family.cache, text_config, generation_config, generation_mode, max_cache_length)
+                cache = _make_cache(
+                    self, family.cache, text_config, generation_config, generation_mode, max_cache_length
+                )
                 if cache is not None:
                     model_kwargs["past_key_values"] = cache
                     return None
