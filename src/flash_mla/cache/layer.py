@@ -215,8 +215,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions of every row (padded count); zero or negative."""
-        self.group.check_crop(tokens_to_remove)
         if self.is_leader and self.state is not None:
+            self.state.check_crop(tokens_to_remove)
             self.state.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -280,6 +280,14 @@ class PagedState:
         slots = self.block_table.gather(1, block).long() * self.block_size + rank % self.block_size
         return (slots if stored is None else torch.where(stored, slots, 0)), stored
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError unless `tokens_to_remove` is zero or negative and that many positions are there."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self.seen_int():
+            raise ValueError(
+                "flash_mla.PagedLatentCache.crop: needs minus the number of positions to remove, at most the "
+                f"{self.seen_int()} that are there, got {tokens_to_remove}"
+            )
+
     def crop(self, num_positions: int) -> None:
         """Forget the last `num_positions` positions (padded count) of every row; the caller checked that they exist."""
         if num_positions == 0:
@@ -428,10 +436,6 @@ class PagedGroup:
         return self.states[device], True
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError unless `tokens_to_remove` is zero or negative and that many positions are there."""
+        """Raise ValueError unless every state can crop by `tokens_to_remove` (zero or negative)."""
         for state in self.states.values():
-            if tokens_to_remove > 0 or -tokens_to_remove > state.seen_int():
-                raise ValueError(
-                    f"flash_mla.PagedLatentCache.crop: needs minus the number of positions to remove, at most the "
-                    f"{state.seen_int()} that are there, got {tokens_to_remove}"
-                )
+            state.check_crop(tokens_to_remove)
