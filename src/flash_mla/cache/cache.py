@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from .group import PagedGroup
 from .layer import PagedLatentLayer
-from .state import PagedGroup
 
 __all__ = ["MemoryReport", "PagedLatentCache"]
 
@@ -125,11 +125,7 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
             lengths = state.cache_seqlens.tolist()
             tokens_used, tokens_padded = sum(lengths), state.batch * state.seen_int()
             pages_total = state.num_blocks - 1
-            pages_allocated = (
-                sum(-(-length // state.block_size) for length in lengths)
-                if state.is_fixed
-                else state.pages.num_allocated
-            )
+            pages_allocated = state.pages_in_use()
         bytes_allocated = bytes_padded = 0
         for layer in self.paged_layers:
             if layer.kv_cache is not None and layer.state is not None:

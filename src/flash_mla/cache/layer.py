@@ -13,7 +13,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .. import ops
-from .state import PagedGroup, PagedState
+from .group import PagedGroup
+from .state import PagedState
 
 __all__ = ["Latents", "PagedLatentLayer"]
 
@@ -85,7 +86,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         d_qk = self.kv_lora_rank + value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         self.kv_cache = torch.zeros((self.state.num_blocks, self.state.block_size, 1, d_qk), dtype=dtype, device=device)
-        if self.state.is_fixed and not torch.compiler.is_compiling():
+        if self.group.max_cache_len is not None and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.kv_cache)
         self.dtype, self.device = dtype, device
         self.is_initialized = True
@@ -141,7 +142,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(
                 f"{where}: holds {self.kv_cache.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}"
             )
-        if latent.shape[0] != self.state.batch and (self.state.has_context or self.state.is_fixed):
+        if latent.shape[0] != self.state.batch and (self.state.has_context or self.group.max_cache_len is not None):
             raise ValueError(f"{where}: holds a batch of {self.state.batch}, got {latent.shape[0]}")
 
     def write(self, new: Latents, valid: torch.Tensor | None) -> None:
@@ -167,8 +168,6 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _follow(self) -> None:
         """Let the pool follow what the state decided: grow it, and copy shared pages before one row writes to them."""
         assert self.state is not None and self.kv_cache is not None
-        if self.state.is_fixed:
-            return
         if self.kv_cache.shape[0] < self.state.num_blocks:
             pool = self.kv_cache.new_zeros((self.state.num_blocks, *self.kv_cache.shape[1:]))
             pool[: self.kv_cache.shape[0]] = self.kv_cache
@@ -240,7 +239,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             indices = indices.nonzero().flatten()
         if self.is_leader:
             self.state.select(indices)
-        if self.state.is_fixed:
+        if self.state.layers_move_rows:
             rows = self.kv_cache[1:].unflatten(0, (self.state.batch, -1))
             rows.copy_(rows[indices.to(rows.device)])
 

@@ -107,7 +107,7 @@ def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen
     """Which new tokens are not padding, bool `[batch, seqlen_q]`: a token that may see itself is real."""
     assert layer.state is not None
     visible = _as_bool(mask[:, 0])
-    if layer.state.is_fixed and mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
+    if mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
         # A mask over the whole capacity: the new columns begin at the present length. The leader has not moved it on
         # yet; the layers after it do not use the answer.
         columns = layer.state.seen + torch.arange(seqlen_q, device=mask.device)
@@ -186,7 +186,7 @@ def _over_context(
     device = state.device
     if mask is not None and mask.shape[-1] != seqlen_q:
         missing = num_keys - mask.shape[-1]
-        if missing < 0 or (missing > 0 and not state.is_fixed):
+        if missing < 0 or (missing > 0 and state.max_cache_len is None):
             raise ValueError(
                 f"flash_mla: attention_mask must cover the {num_keys} positions in the cache, got {tuple(mask.shape)}"
             )

@@ -80,6 +80,23 @@ def require_mla(config: Any) -> Family:
     return family
 
 
+PAGE = """\
+# Models
+
+Families by the `model_type` of their text config, as far as the installed Transformers has them. Written by
+`python -m flash_mla.hf.models` from the table that the code uses. A model that is not listed but has `kv_lora_rank` in
+its text config, `expand_kv` and `kv_b_proj` in its attention modules runs on pages too.
+
+| model type | kv_lora_rank / qk_rope_head_dim | with `attn_implementation="flash_mla"` | note |
+|---|---|---|---|
+{rows}
+
+A composite model (kimi_k25, for one) counts by its text model. Its vision tower takes the dense path, packed images one
+by one; `attn_implementation={{"text_config": "flash_mla", "vision_config": "sdpa"}}` keeps the tower out of it
+altogether. A text config without `kv_lora_rank` is refused with a ValueError that names the field.
+"""
+
+
 def models_page() -> str:
     """The text of `docs/models.md`; `python -m flash_mla.hf.models` prints it."""
     ways = {"paged": "paged latents, absorbed decode", "own": "Transformers' own cache, dense path"}
@@ -87,25 +104,7 @@ def models_page() -> str:
         f"| `{name}` | {family.latent[0]} / {family.latent[1]} | {ways[family.cache]} | {family.note} |"
         for name, family in FAMILIES.items()
     ]
-    return "\n".join(
-        [
-            "# Models",
-            "",
-            "Families by the `model_type` of their text config, as far as the installed Transformers has them. Written",
-            "by `python -m flash_mla.hf.models` from the table that the code uses. A model that is not listed but has",
-            "`kv_lora_rank` in its text config, `expand_kv` and `kv_b_proj` in its attention modules runs on pages too.",
-            "",
-            '| model type | kv_lora_rank / qk_rope_head_dim | with `attn_implementation="flash_mla"` | note |',
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "A composite model (kimi_k25, for one) counts by its text model. Its vision tower takes the dense path,",
-            'packed images one by one; `attn_implementation={"text_config": "flash_mla", "vision_config": "sdpa"}` keeps',
-            "the tower out of it altogether. A text config without `kv_lora_rank` is refused with a ValueError that names",
-            "the field.",
-            "",
-        ]
-    )
+    return PAGE.format(rows="\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""What all paged layers of one cache share: its options, and one state per device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .fixed import FixedState
+from .growing import GrowingState
+from .state import PagedState
+
+__all__ = ["PagedGroup"]
+
+
+class PagedGroup:
+    """Options and states. Layers refer to this and not to the cache, so that a dropped cache frees its pools at once,
+    without waiting for the garbage collector.
+
+    Args:
+        config: text config of the model; says which attention runs.
+        block_size, max_cache_len, prompt_repeats, backend: as in `PagedLatentCache`.
+        kv_lora_ranks: by layer, None where a layer has no latents.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        block_size: int,
+        max_cache_len: int | None,
+        prompt_repeats: int,
+        backend: str | None,
+        kv_lora_ranks: list[int | None],
+    ) -> None:
+        self.config = config
+        self.block_size = block_size
+        self.max_cache_len = max_cache_len
+        self.prompt_repeats = prompt_repeats
+        self.backend = backend
+        self.kv_lora_ranks = kv_lora_ranks
+        self.states: dict[torch.device, PagedState] = {}
+
+    @property
+    def attention(self) -> str | None:
+        """The attention implementation that the model runs now."""
+        attention: str | None = self.config._attn_implementation
+        return attention
+
+    def join(self, batch: int, device: torch.device) -> tuple[PagedState, bool]:
+        """The state of `device` and whether it was just made, which makes the asking layer its leader."""
+        if device in self.states:
+            return self.states[device], False
+        if self.max_cache_len is not None:
+            self.states[device] = FixedState(batch, self.block_size, device, self.max_cache_len)
+        else:
+            repeats = self.prompt_repeats if batch % self.prompt_repeats == 0 else 1
+            self.states[device] = GrowingState(batch, self.block_size, device, repeats)
+        return self.states[device], True
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError unless every state can crop by `tokens_to_remove` (zero or negative)."""
+        for state in self.states.values():
+            state.check_crop(tokens_to_remove)
