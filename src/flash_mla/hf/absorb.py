@@ -79,12 +79,12 @@ def _adapter_key(linear: Any) -> tuple[Any, ...]:
     )
 
 
-def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor, refresh: bool) -> torch.Tensor:
+def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> torch.Tensor:
     linear = module.kv_b_proj
     if _is_plain(linear):
         return linear.weight  # type: ignore[no-any-return]
     key = _adapter_key(linear)
-    if layer.absorbed is None or layer.absorbed_key != key or refresh:
+    if layer.absorbed is None or layer.absorbed_key != key:
         with torch.no_grad():
             if _is_block_fp8(linear):
                 layer.absorbed = _dequantised(linear, like.dtype)
@@ -94,18 +94,16 @@ def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor, refresh: b
     return layer.absorbed
 
 
-def absorbed_weights(
-    module: Any, layer: PagedLatentLayer, like: torch.Tensor, refresh: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def absorbed_weights(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W_UK `[num_heads, qk_nope_head_dim, kv_lora_rank]` and W_UV `[num_heads, v_head_dim, kv_lora_rank]`.
 
     Args:
         module: an attention module with `kv_b_proj` and its dims.
-        layer: keeps the matrix of a module that is not a plain linear layer, as long as the cache lives.
+        layer: keeps the matrix of a module that is not a plain linear layer until the next multi-token forward (the
+            weights may have been trained since) or the end of the cache.
         like: gives dtype and device.
-        refresh: make such a matrix anew (a prefill does: the weights may have been trained since).
     """
-    matrix = _matrix(module, layer, like, refresh)
+    matrix = _matrix(module, layer, like)
     per_head = module.qk_nope_head_dim + module.v_head_dim
     heads = matrix.view(-1, per_head, matrix.shape[-1])
     return heads[:, : module.qk_nope_head_dim], heads[:, module.qk_nope_head_dim :]

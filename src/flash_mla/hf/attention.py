@@ -79,6 +79,8 @@ def _paged(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask is None:
         state.padding_unknown = False
+    if seqlen_q > 1:
+        layer.absorbed = None  # a prompt or a new turn: weights may have been trained since the last one
     covers_context = mask is not None and mask.shape[-1] != seqlen_q
     layer.write(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
     model_type = module.config.model_type
@@ -135,7 +137,7 @@ def _longest_absorbed(module: Any) -> int:
 def _absorbed(module: Any, query: torch.Tensor, new: Latents, scaling: float, causal: bool) -> torch.Tensor:
     layer, state = new.layer, new.layer.state
     assert state is not None and layer.kv_cache is not None
-    w_uk, w_uv = absorbed_weights(module, layer, new.latent, refresh=query.shape[2] > 1)
+    w_uk, w_uv = absorbed_weights(module, layer, new.latent)
     q_nope, q_rope = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
     q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
     q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)

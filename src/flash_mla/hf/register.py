@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..cache import Latents, PagedLatentCache
+from ..cache import Latents, PagedLatentCache, PagedLatentLayer
 from ..contract import UnsupportedError
 from .attention import flash_mla_attention
 from .mask import flash_mla_mask
@@ -185,7 +185,13 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
                 _check_user_cache(user_cache, generation_config, model_kwargs, max_cache_length)
             elif user_cache is None and generation_config.use_cache is not False:
                 cache = _make_cache(
-                    self, family.cache, text_config, generation_config, generation_mode, max_cache_length
+                    self,
+                    family.cache,
+                    text_config,
+                    generation_config,
+                    generation_mode,
+                    batch_size,
+                    max_cache_length,
                 )
                 if cache is not None:
                     model_kwargs["past_key_values"] = cache
@@ -196,7 +202,13 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_cache(
-    model: Any, kind: str, text_config: Any, generation_config: Any, generation_mode: Any, max_cache_length: int
+    model: Any,
+    kind: str,
+    text_config: Any,
+    generation_config: Any,
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> PagedLatentCache | None:
     """The paged cache that `generate` is to use, or None where Transformers' own is the right one (said out loud)."""
     implementation = generation_config.cache_implementation
@@ -225,7 +237,22 @@ def _make_cache(
         max_cache_length, generation_config.max_cache_len or -1, getattr(model, "_previous_max_cache_length", -1)
     )
     model._previous_max_cache_length = capacity
-    return _told_of_assistant(PagedLatentCache(text_config, max_cache_len=capacity), generation_config)
+    cache = _told_of_assistant(PagedLatentCache(text_config, max_cache_len=capacity), generation_config)
+    if generation_config.prefill_chunk_size is not None:
+        # A chunked prefill may be compiled: the pools must be there before its graph is traced.
+        _reserve(cache, model, batch_size * repeats)
+    return cache
+
+
+def _reserve(cache: PagedLatentCache, model: Any, batch: int) -> None:
+    """Make the pools of every paged layer that `model` has an attention module for."""
+    for module in model.modules():
+        if hasattr(type(module), "expand_kv") and hasattr(module, "kv_b_proj"):
+            layer = cache.layers[module.layer_idx]
+            parameter = next(module.kv_b_proj.parameters(), None)
+            if isinstance(layer, PagedLatentLayer) and parameter is not None and parameter.device.type != "meta":
+                latent = torch.empty((batch, 1, 0, module.kv_lora_rank), dtype=model.dtype, device=parameter.device)
+                layer.lazy_initialization(latent, latent.new_empty((batch, 1, 0, module.qk_rope_head_dim)))
 
 
 def _told_of_assistant(cache: PagedLatentCache, generation_config: Any) -> PagedLatentCache:
