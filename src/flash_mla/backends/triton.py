@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,25 +29,31 @@ if importlib.util.find_spec("triton") is not None:
 __all__ = ["INTERPRETED", "append", "append_refusals", "decode", "decode_refusals", "num_items", "plan"]
 
 LOG2_E = math.log2(math.e)
-# Processors that the interpreter pretends to have: few, so that small cases split.
+# As `triton_kernels` names them; plain integers, to be at hand without triton.
+FORM_PLAIN, FORM_ROWS, FORM_SWAPPED = 0, 1, 2
+# First Triton whose compilation of the wgmma forms was looked at.
+WGMMA_TRITON = (3, 6)
+# What the interpreter pretends to be: few processors, so that small cases split; Hopper, so that every form runs.
 INTERPRETER_SMS = 8
+INTERPRETER_HAS_WGMMA = True
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a schedule depends on: number of SMs, shared memory of one program in bytes, compute capability."""
+    """What a schedule depends on: number of SMs, shared memory of one program in bytes, whether it has wgmma."""
 
     num_sms: int
     shared_memory: int
-    capability: tuple[int, int] | None
+    has_wgmma: bool
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one decode call is cut: tile of rows x tokens, warps, pipeline stages, programs that share one SM."""
+    """How one decode call is cut: tile of rows x tokens, form of the products, warps, stages, programs per SM."""
 
     block_m: int
     block_n: int
+    form: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
@@ -55,29 +62,38 @@ class Schedule:
 @functools.cache
 def device_of(device_type: str, device_index: int) -> Device:
     """The device's plain numbers, asked for once per process."""
-    if device_type != "cuda":
-        return Device(INTERPRETER_SMS, 0, None)
+    if device_type != "cuda" or INTERPRETED:
+        return Device(INTERPRETER_SMS, 232448, INTERPRETER_HAS_WGMMA)
     properties = torch.cuda.get_device_properties(device_index)
     # ROCm calls its architecture numbers a compute capability too, and has 64 KiB per workgroup.
     if torch.version.hip is not None:
-        return Device(properties.multi_processor_count, 65536, None)
-    shared_memory = int(properties.shared_memory_per_block_optin)
-    return Device(properties.multi_processor_count, shared_memory, (properties.major, properties.minor))
+        return Device(properties.multi_processor_count, 65536, False)
+    shared_memory = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    # The forms for wgmma lean on how Triton pipelines; older compilers are not known to do the same.
+    recent = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= WGMMA_TRITON
+    return Device(properties.multi_processor_count, shared_memory, properties.major == 9 and recent)
 
 
 def choose_schedule(rows: int, d_qk: int, device: Device) -> Schedule:
-    """Tile sizes from plain integers.
+    """Tile sizes from plain integers; measured on an H200 (block_n 32 and 64, 4 and 8 warps, 1 to 4 buffers).
 
     Args:
         rows: query rows that share one latent row.
         d_qk: width of a latent row, in elements of 2 bytes.
         device: see `device_of`.
     """
-    if rows <= 16:
-        return Schedule(16, 64, 4, 2, 1)
-    if rows <= 32:
-        return Schedule(32, 64, 4, 2, 1)
-    return Schedule(64, 64, 8, 2, 1)
+    if device.has_wgmma and rows > 16:
+        if rows <= 32:
+            return Schedule(32, 64, FORM_SWAPPED, 8, 2, 1)
+        # Queries 73,728 B + two tiles of 73,728 B + P 8,192 B = 229,376 of 232,448 B at d_qk 576.
+        return Schedule(64, 64, FORM_ROWS, 8, 2, 1)
+    block_m = 16 if rows <= 16 else 32
+    for block_n, num_warps, num_stages in ((64, 8, 3), (32, 4, 3), (32, 4, 2)):
+        # mma.sync: a stage less in shared memory than in flight; 4 KiB for exchanges between warps.
+        needed = (block_m + (num_stages - 1) * block_n) * d_qk * 2 + 4096
+        if needed <= device.shared_memory and (block_m == 16 or block_n == 32):
+            return Schedule(block_m, block_n, FORM_PLAIN, num_warps, num_stages, 1)
+    return Schedule(16, 16, FORM_PLAIN, 4, 2, 1)
 
 
 def _platform_refusals(device_type: str, dtype: str, on_gpu: tuple[str, ...]) -> list[str]:
@@ -91,7 +107,9 @@ def _platform_refusals(device_type: str, dtype: str, on_gpu: tuple[str, ...]) ->
             return [f"the interpreter computes in float16 and float32 only, got {dtype}"]
         return []
     if device_type != "cuda":
-        return [f"needs a GPU (on a CPU: TRITON_INTERPRET=1 in the environment before Python starts), got {device_type}"]
+        return [
+            f"needs a GPU (on a CPU: TRITON_INTERPRET=1 in the environment before Python starts), got {device_type}"
+        ]
     if dtype not in on_gpu:
         return [f"takes {' and '.join(on_gpu)}, got {dtype}"]
     return []
@@ -121,12 +139,22 @@ def append_refusals(call: AppendCall) -> list[str]:
 
 
 def num_items(call: DecodeCall) -> int:
-    """Size of a split plan: parts enough to fill the device once, and to even out requests of unequal length."""
+    """Size of a split plan: parts to fill the device once, and spare ones that cut the longest of uneven requests.
+
+    With fewer than two parts per request, requests of equal length stay whole.
+    """
     device = device_of(call.device_type, call.device_index)
     schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
     tiles = call.h_kv * -(-call.rows // schedule.block_m)
-    programs = device.num_sms * schedule.programs_per_sm
-    return max(call.batch, programs // tiles)
+    wave = device.num_sms * schedule.programs_per_sm // tiles
+    return max(wave, call.batch + min(max(call.batch - 1, 0), 4 * wave))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, whatever device the tensors are on.
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +162,10 @@ def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, tor
     batch = cache_seqlens.shape[0]
     items = torch.empty((num_items, 4), dtype=torch.int32, device=cache_seqlens.device)
     first_item = torch.empty((batch + 1,), dtype=torch.int32, device=cache_seqlens.device)
-    kernels.plan_kernel[(1,)](
-        cache_seqlens, items, first_item, cache_seqlens.stride(0), batch, num_items, UNIT=PLAN_BLOCK, BLOCK=1024
-    )
+    with _on(cache_seqlens.device):
+        kernels.plan_kernel[(1,)](
+            cache_seqlens, items, first_item, cache_seqlens.stride(0), batch, num_items, UNIT=PLAN_BLOCK, BLOCK=1024
+        )
     return items, first_item
 
 
@@ -152,26 +181,9 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Split-KV attention over the pages: one launch, a second one that merges if the plan has room for splits.
 
-    Shapes as in `contract.check_decode`; returns as `backends.torch.decode`. A `q` whose last stride is not 1 is copied;
-    the pool never is.
+    Shapes as in `contract.check_decode`; returns as `backends.torch.decode`. A `q` whose last stride is not 1 is
+    copied; the pool never is.
     """
-    device = device_of(call.device_type, call.device_index)
-    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
-    return launch_decode(call, schedule, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, first_item)
-
-
-def launch_decode(
-    call: DecodeCall,
-    schedule: Schedule,
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    softmax_scale: float,
-    items: torch.Tensor | None,
-    first_item: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`decode` with the schedule given."""
     out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=q.device)
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=q.device)
     if call.batch == 0:
@@ -180,6 +192,8 @@ def launch_decode(
         items, first_item = plan(cache_seqlens, num_items(call))
     if q.stride(3) != 1:
         q = q.contiguous()
+    device = device_of(call.device_type, call.device_index)
+    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
     parts = items.shape[0]
     splits = parts > call.batch
     # Without splits the two are never touched; out and lse stand in for them.
@@ -189,56 +203,63 @@ def launch_decode(
         lse_partial = torch.empty((parts, *out.shape[1:3]), dtype=torch.float32, device=q.device)
     row_tiles = -(-call.rows // schedule.block_m)
     tiles = row_tiles * call.h_kv
-    kernels.decode_kernel[(parts * tiles,)](
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        items,
-        out,
-        lse,
-        o_partial,
-        lse_partial,
-        *q.stride()[:3],
-        *kv_cache.stride()[:3],
-        *block_table.stride(),
-        cache_seqlens.stride(0),
-        softmax_scale * LOG2_E,
-        call.seqlen_q,
-        call.num_heads,
-        call.num_heads // call.h_kv,
-        row_tiles,
-        tiles,
-        call.block_size,
-        CAUSAL=call.causal and call.seqlen_q > 1,
-        KV_LORA_RANK=call.kv_lora_rank,
-        QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
-        BLOCK_M=schedule.block_m,
-        BLOCK_N=schedule.block_n,
-        ONE_PAGE=call.block_size % schedule.block_n == 0,
-        UNIT=PLAN_BLOCK,
-        num_warps=schedule.num_warps,
-        num_stages=schedule.num_stages,
-    )
-    if splits:
-        rows = call.seqlen_q * call.num_heads
-        # Few rows: many small programs, for latency. Many rows: whole rows, so that unsplit requests cost few programs.
-        block_rows, block_d = (1, 128) if call.batch * rows <= 1024 else (4, call.kv_lora_rank)
-        grid = (call.batch * -(-rows // block_rows) * (call.kv_lora_rank // block_d),)
-        kernels.merge_kernel[grid](
-            first_item,
+    with _on(q.device):
+        kernels.decode_kernel[(parts * tiles,)](
+            q,
+            kv_cache,
+            block_table,
+            cache_seqlens,
+            items,
             out,
             lse,
             o_partial,
             lse_partial,
+            *q.stride()[:3],
+            kv_cache.stride(0),
+            kv_cache.stride(2),
+            *block_table.stride(),
+            cache_seqlens.stride(0),
+            softmax_scale * LOG2_E,
             call.seqlen_q,
             call.num_heads,
+            call.num_heads // call.h_kv,
+            row_tiles,
+            tiles,
+            call.block_size,
+            KV_STRIDE_TOKEN=kv_cache.stride(1),
+            CAUSAL=call.causal and call.seqlen_q > 1,
             KV_LORA_RANK=call.kv_lora_rank,
-            BLOCK_ROWS=block_rows,
-            BLOCK_D=block_d,
-            BLOCK_PARTS=16 if block_rows == 1 else 2,
-            num_warps=4,
+            QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
+            BLOCK_M=schedule.block_m,
+            BLOCK_N=schedule.block_n,
+            ONE_PAGE=call.block_size % schedule.block_n == 0,
+            UNIT=PLAN_BLOCK,
+            FORM=schedule.form,
+            num_warps=schedule.num_warps,
+            num_stages=schedule.num_stages,
         )
+        if splits:
+            rows = call.seqlen_q * call.num_heads
+            # Few rows: many small programs, for latency. Many: whole rows, so that unsplit requests cost few programs.
+            few = call.batch * rows <= 1024
+            block_rows, block_d = (1, 128) if few else (4, call.kv_lora_rank)
+            # All parts of a request in flight at once, if the registers last.
+            block_parts = min(64, triton.next_power_of_2(-(-parts // call.batch))) if few else 2
+            grid = (call.batch * -(-rows // block_rows) * (call.kv_lora_rank // block_d),)
+            kernels.merge_kernel[grid](
+                first_item,
+                out,
+                lse,
+                o_partial,
+                lse_partial,
+                call.seqlen_q,
+                call.num_heads,
+                KV_LORA_RANK=call.kv_lora_rank,
+                BLOCK_ROWS=block_rows,
+                BLOCK_D=block_d,
+                BLOCK_PARTS=block_parts,
+                num_warps=4,
+            )
     return out, lse
 
 
@@ -253,21 +274,22 @@ def append(
     if num_rows == 0:
         return
     block_rows = 1 if num_rows <= 1024 else 8
-    kernels.append_kernel[(-(-num_rows // block_rows),)](
-        kv_cache,
-        latent,
-        k_rope,
-        slots,
-        *kv_cache.stride()[:3],
-        *latent.stride(),
-        *k_rope.stride(),
-        *slots.stride(),
-        num_rows,
-        call.seqlen_q,
-        call.h_kv,
-        call.block_size,
-        KV_LORA_RANK=call.kv_lora_rank,
-        QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
-        BLOCK_ROWS=block_rows,
-        num_warps=1 if block_rows == 1 else 4,
-    )
+    with _on(kv_cache.device):
+        kernels.append_kernel[(-(-num_rows // block_rows),)](
+            kv_cache,
+            latent,
+            k_rope,
+            slots,
+            *kv_cache.stride()[:3],
+            *latent.stride(),
+            *k_rope.stride(),
+            *slots.stride(),
+            num_rows,
+            call.seqlen_q,
+            call.h_kv,
+            call.block_size,
+            KV_LORA_RANK=call.kv_lora_rank,
+            QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
+            BLOCK_ROWS=block_rows,
+            num_warps=1 if block_rows == 1 else 4,
+        )

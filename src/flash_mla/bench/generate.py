@@ -218,6 +218,7 @@ class LayerResult:
     ms: float
     peak_MiB: float | None
     paths: dict[str, int]
+    backends: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """As a row of a report."""
@@ -244,21 +245,17 @@ def time_layer(
         hidden_size: columns of the layer's input (7168 in DeepSeek-V3).
         rounds, steps: the median over rounds of the mean over back-to-back steps.
     """
-    from transformers import DynamicCache
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+    from transformers import AutoModel, DynamicCache
 
     import flash_mla
 
     total = seqlen_k + steps * (rounds + 1)
     config = layer_config(num_heads, hidden_size=hidden_size, max_position_embeddings=total)
-    config._attn_implementation = attn
     torch.manual_seed(0)
     with torch.device(device):
-        layer = DeepseekV3Attention(config, layer_idx=0).to(dtype).eval()
-        rotary = DeepseekV3RotaryEmbedding(config)
-        for parameter in layer.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        # A model of one layer around it, so that the attention is found and hooked as in any other model.
+        model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn).eval()
+        layer, rotary = model.layers[0].self_attn, model.rotary_emb
         latent = torch.randn(batch, 1, seqlen_k, config.kv_lora_rank, dtype=dtype)
         k_rope = torch.randn(batch, 1, seqlen_k, config.qk_rope_head_dim, dtype=dtype)
         hidden_states = torch.randn(batch, 1, hidden_size, dtype=dtype)
@@ -285,7 +282,7 @@ def time_layer(
         )
         position += 1
 
-    before, _ = _counts()
+    paths, backends = _counts()
     times = []
     peak = None
     with torch.no_grad():
@@ -301,6 +298,7 @@ def time_layer(
             times.append((time.perf_counter() - begin) * 1e3 / steps)
             if round_number == 1 and device.type == "cuda":
                 peak = round((torch.cuda.max_memory_allocated(device) - held) / 2**20, 1)
+    paths_after, backends_after = _counts()
     return LayerResult(
         attn=attn,
         num_heads=num_heads,
@@ -309,5 +307,6 @@ def time_layer(
         dtype=str(dtype).removeprefix("torch."),
         ms=round(statistics.median(times[1:]), 4),
         peak_MiB=peak,
-        paths=_difference(_counts()[0], before),
+        paths=_difference(paths_after, paths),
+        backends=_difference(backends_after, backends),
     )

@@ -88,7 +88,9 @@ def layer_config(num_heads: int, *, hidden_size: int = 7168, max_position_embedd
     return DeepseekV3Config(
         vocab_size=128,
         hidden_size=hidden_size,
+        intermediate_size=64,
         num_hidden_layers=1,
+        first_k_dense_replace=1,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         q_lora_rank=1536,

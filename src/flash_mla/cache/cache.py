@@ -106,6 +106,18 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         """The layers that are paged."""
         return [layer for layer in self.layers if isinstance(layer, PagedLatentLayer)]
 
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Take the new latents of one layer; see `PagedLatentLayer.update`.
+
+        Raises: ValueError: no such layer, or latents that do not fit (nothing is changed).
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: has {len(self.layers)} layers, got tokens of layer {layer_idx}: "
+                "a cache of another model?"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions of every row; whole pages are given back.
 

@@ -35,6 +35,12 @@ class Latents:
         self.latent = latent
         self.k_rope = k_rope
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"flash_mla.Latents has no {name!r}: a PagedLatentCache whose config says attn_implementation='flash_mla' "
+            "was given to a model that runs another one; make the cache with that model's own config"
+        )
+
 
 class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     """Pages `[num_blocks, block_size, 1, kv_lora_rank + qk_rope_head_dim]` of one MLA layer.

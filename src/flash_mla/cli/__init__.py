@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from .app import app
     except ImportError as error:
-        if error.name not in {"typer", "rich", "click"}:
+        if error.name not in {"typer", "rich"}:
             raise
         raise ImportError(
             f"flash-mla needs {error.name}: pip install typer rich (Transformers 5 brings both)"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
+
+from ..contract import UnsupportedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
@@ -48,6 +52,74 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable."
 
 
 @bench.command()
+def kernel(
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests. Without it: every shape of the anchors.")] = None,
+    seqlen_k: Annotated[int, typer.Option(min=1, help="Tokens in the cache per request.")] = 4096,
+    num_heads: Annotated[int, typer.Option(min=1)] = 128,
+    seqlen_q: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 1,
+    varlen: Annotated[bool, typer.Option("--varlen", help="Lengths normal around seqlen_k.")] = False,
+    kv_lora_rank: Annotated[int, typer.Option(min=16)] = 512,
+    qk_rope_head_dim: Annotated[int, typer.Option(min=16)] = 64,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per page.")] = 64,
+    anchors: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What others need, to compare with.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    backend: Annotated[str | None, typer.Option(help="Default: the first that accepts.")] = None,
+    cold: Annotated[bool, typer.Option(help="Also time single calls after an L2 flush.")] = True,
+    ceilings: Annotated[bool, typer.Option(help="Also measure copy, read and matmul rates.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
+    from ..bench import kernel as bench_kernel
+    from ..bench.report import machine, write_report
+    from .tables import kernel_summary, kernel_table
+
+    known = bench_kernel.read_anchors(anchors) if anchors is not None else {}
+    if batch is not None:
+        one = bench_kernel.DecodeShape(
+            batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size
+        )
+        shapes = [one]
+    else:
+        shapes = [bench_kernel.DecodeShape(*key) for key in known] or list(bench_kernel.SHAPES)
+    kind, where = _dtype(dtype, None), _device(None)
+    if where.type != "cuda":
+        _stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
+    results, failed = [], {}
+    for shape in shapes:
+        try:
+            results.append(bench_kernel.time_shape(shape, kind, backend, cold))
+        except (UnsupportedError, torch.OutOfMemoryError) as error:
+            failed[shape.name] = str(error)
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+    rows = bench_kernel.compare(results, known)
+    head = machine(where)
+    console.print(kernel_table(rows, head["device"]))
+    typer.echo(kernel_summary(rows, results))
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "ops.decode by shape; method: flash_mla.bench.kernel",
+        "ceilings": asdict(bench_kernel.measure_ceilings()) if ceilings else None,
+        "anchors": str(anchors) if anchors is not None else None,
+        "rows": rows,
+        "not_measured": failed,
+    }
+    stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _stop(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+@bench.command()
 def generate(
     model: Annotated[str, typer.Option(help="Hub id, path, or a random shape: v2-lite, v3-layer, tiny.")] = "tiny",
     batch: Annotated[int, typer.Option(min=1)] = 1,
@@ -55,22 +127,18 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=3)] = 32,
     attn: Annotated[Attention, typer.Option()] = Attention.flash_mla,
     cache: Annotated[CacheKind, typer.Option()] = CacheKind.dynamic,
-    baseline: Annotated[Optional[Attention], typer.Option(help="Measure this attention too.")] = None,
-    experts: Annotated[
-        Optional[str], typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")
-    ] = None,
+    baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too.")] = None,
+    experts: Annotated[str | None, typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")] = None,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads of v3-layer.")] = 128,
     hidden_size: Annotated[int, typer.Option(min=1, help="Input columns of v3-layer.")] = 7168,
-    device: Annotated[Optional[str], typer.Option(help="Default: a GPU if there is one.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
     warmup: Annotated[bool, typer.Option(help="Run a few steps of the same shape first.")] = True,
     out: Out = RESULTS,
 ) -> None:
     """Time `generate()` step by step: TTFT, late-step median, tokens/s, peak memory, cache bytes, paths taken."""
-    import torch
-
     from ..bench.report import machine, write_report
-    from .tables import generate_table, layer_table
+    from .tables import generate_table, layer_table, ran
 
     where, kind = _device(device), _dtype(dtype, device)
     names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
@@ -91,6 +159,8 @@ def generate(
             for name in names
         ]
         console.print(layer_table(layers, head["device"]))
+        for layer in layers:
+            typer.echo(ran(layer))
         report = {**head, "what": "decode step of one DeepseekV3Attention", "rows": [row.to_json() for row in layers]}
         typer.echo(f"wrote {write_report(out, f'layer-h{num_heads}-b{batch}-k{prompt}', report)}")
         return
@@ -117,6 +187,8 @@ def generate(
         rows.append(row)
         tokens.append(generated)
     console.print(generate_table(rows, head["device"]))
+    for row in rows:
+        typer.echo(ran(row))
     report = {**head, "what": "generate(), greedy", "experts": experts, "rows": [row.to_json() for row in rows]}
     if len(tokens) == 2:
         same = int((tokens[0] == tokens[1]).all(dim=1).sum())
@@ -126,15 +198,11 @@ def generate(
     typer.echo(f"wrote {write_report(out, stem, report)}")
 
 
-def _device(name: str | None) -> "torch.device":  # noqa: F821
-    import torch
-
+def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _dtype(name: str | None, device: str | None) -> "torch.dtype":  # noqa: F821
-    import torch
-
+def _dtype(name: str | None, device: str | None) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
     kind = getattr(torch, name, None)

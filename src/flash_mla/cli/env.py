@@ -23,7 +23,7 @@ DISTRIBUTION = "transformers-flash-mla"
 
 
 def others_named_flash_mla(own: Path | None = None, path: list[str] | None = None) -> list[str]:
-    """What else on this Python's path calls itself `flash_mla`: files that may be imported in our place, or we in theirs.
+    """What else on this Python's path calls itself `flash_mla`: files that may be imported in our place.
 
     Args:
         own: folder of the package that is running; default: this one.

@@ -120,12 +120,22 @@ def _hook_class(owner: type) -> None:
         @functools.wraps(original)
         def expand_kv(self: nn.Module, kv_nope: Any, k_rot: Any, *args: Any, **kwargs: Any) -> Any:
             if type(kv_nope) is Latents:
+                _check_attention(self)
                 return kv_nope, kv_nope
             return original(self, kv_nope, k_rot, *args, **kwargs)
 
         return expand_kv
 
     _replace(owner, "expand_kv", wrap)
+
+
+def _check_attention(module: Any) -> None:
+    attention = module.config._attn_implementation
+    if attention != NAME:
+        raise ValueError(
+            f"flash_mla: a PagedLatentCache whose config says attn_implementation={NAME!r} was given to a model that "
+            f"runs {attention!r}; make the cache with that model's own config"
+        )
 
 
 def _hook_loaded_modules() -> None:
@@ -137,15 +147,15 @@ def _hook_loaded_modules() -> None:
                     _hook_class(value)
 
 
-def _hook_model(model: nn.Module) -> int:
-    """Hook the MLA classes of one model; returns how many of its modules have one."""
-    count = 0
-    for module in model.modules():
-        if hasattr(type(module), "expand_kv") and hasattr(module, "kv_b_proj"):
-            count += 1
-            for owner in type(module).__mro__:
-                _hook_class(owner)
-    return count
+def _hook_model(model: nn.Module) -> list[Any]:
+    """Hook the MLA classes of one model; returns its attention modules that have one."""
+    found = [
+        module for module in model.modules() if hasattr(type(module), "expand_kv") and hasattr(module, "kv_b_proj")
+    ]
+    for module in found:
+        for owner in type(module).__mro__:
+            _hook_class(owner)
+    return found
 
 
 _seen_types: set[str] = set()
@@ -181,8 +191,8 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
             family = require_mla(text_config)
             user_cache = model_kwargs.get("past_key_values")
             if isinstance(user_cache, PagedLatentCache):
-                _hook_model(self)
-                _check_user_cache(user_cache, generation_config, model_kwargs, max_cache_length)
+                _check_layers(user_cache, _hook_model(self), text_config)
+                _check_capacity(user_cache, generation_config, model_kwargs, max_cache_length)
             elif user_cache is None and generation_config.use_cache is not False:
                 cache = _make_cache(
                     self,
@@ -221,7 +231,8 @@ def _make_cache(
     if implementation not in (None, "dynamic", "static"):
         logger.info("flash_mla: cache_implementation=%r is Transformers' own, dense path", implementation)
         return None
-    if _hook_model(model) == 0:
+    modules = _hook_model(model)
+    if not modules:
         _warn_once(
             f"flash_mla: {type(model).__name__} has no attention module with expand_kv and kv_b_proj; "
             "Transformers' own cache and the dense path are used"
@@ -240,19 +251,18 @@ def _make_cache(
     cache = _told_of_assistant(PagedLatentCache(text_config, max_cache_len=capacity), generation_config)
     if generation_config.prefill_chunk_size is not None:
         # A chunked prefill may be compiled: the pools must be there before its graph is traced.
-        _reserve(cache, model, batch_size * repeats)
+        _reserve(cache, modules, model.dtype, batch_size * repeats)
     return cache
 
 
-def _reserve(cache: PagedLatentCache, model: Any, batch: int) -> None:
-    """Make the pools of every paged layer that `model` has an attention module for."""
-    for module in model.modules():
-        if hasattr(type(module), "expand_kv") and hasattr(module, "kv_b_proj"):
-            layer = cache.layers[module.layer_idx]
-            parameter = next(module.kv_b_proj.parameters(), None)
-            if isinstance(layer, PagedLatentLayer) and parameter is not None and parameter.device.type != "meta":
-                latent = torch.empty((batch, 1, 0, module.kv_lora_rank), dtype=model.dtype, device=parameter.device)
-                layer.lazy_initialization(latent, latent.new_empty((batch, 1, 0, module.qk_rope_head_dim)))
+def _reserve(cache: PagedLatentCache, modules: list[Any], dtype: torch.dtype, batch: int) -> None:
+    """Make the pools of the paged layers of these attention modules."""
+    for module in modules:
+        layer = cache.layers[module.layer_idx]
+        parameter = next(module.kv_b_proj.parameters(), None)
+        if isinstance(layer, PagedLatentLayer) and parameter is not None and parameter.device.type != "meta":
+            latent = torch.empty((batch, 1, 0, module.kv_lora_rank), dtype=dtype, device=parameter.device)
+            layer.lazy_initialization(latent, latent.new_empty((batch, 1, 0, module.qk_rope_head_dim)))
 
 
 def _told_of_assistant(cache: PagedLatentCache, generation_config: Any) -> PagedLatentCache:
@@ -261,7 +271,25 @@ def _told_of_assistant(cache: PagedLatentCache, generation_config: Any) -> Paged
     return cache
 
 
-def _check_user_cache(
+def _check_layers(cache: PagedLatentCache, modules: list[Any], text_config: Any) -> None:
+    """Raise ValueError if a cache has fewer layers than the model, or dims of another one; let it follow its config."""
+    needed = 1 + max((module.layer_idx for module in modules), default=-1)
+    if needed > len(cache.layers):
+        raise ValueError(
+            f"flash_mla: the cache has {len(cache.layers)} layers, the model {needed}: a cache of another model?"
+        )
+    for module in modules:
+        rank = cache.group.kv_lora_ranks[module.layer_idx]
+        if rank is not None and rank != module.kv_lora_rank:
+            raise ValueError(
+                f"flash_mla: layer {module.layer_idx} of the cache is for kv_lora_rank={rank}, the model's has "
+                f"{module.kv_lora_rank}: a cache of another model?"
+            )
+    # A cache made from an equal config follows the model that it is used with, e.g. through set_attn_implementation.
+    cache.group.config = text_config
+
+
+def _check_capacity(
     cache: PagedLatentCache, generation_config: Any, model_kwargs: dict[str, Any], max_cache_length: int
 ) -> None:
     """Raise ValueError before prefill if a fixed cache cannot take what `generate` may store."""

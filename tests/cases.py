@@ -1,0 +1,118 @@
+"""Decode cases, each for a reason, and their tensors: NaN in every cache row and garbage in every table entry that a
+kernel must not read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (backend, dtype) that run here; the interpreter computes in float16 and float32 only.
+BACKENDS = (
+    [("torch", torch.bfloat16), ("triton", torch.bfloat16), ("triton", torch.float16)]
+    if DEVICE == "cuda"
+    else [("torch", torch.float32), ("torch", torch.float16), ("triton", torch.float16), ("triton", torch.float32)]
+)
+TRITON_DTYPES = [dtype for backend, dtype in BACKENDS if backend == "triton"]
+GARBAGE = 2147480000  # a page that no pool has
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU: CUDA graphs do not exist elsewhere")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode call; lengths are tokens per request."""
+
+    why: str
+    lengths: tuple[int, ...]
+    num_heads: int = 4
+    seqlen_q: int = 1
+    h_kv: int = 1
+    kv_lora_rank: int = 128
+    qk_rope_head_dim: int = 32
+    block_size: int = 64
+    causal: bool = True
+    softmax_scale: float = 0.11
+    q_factor: float = 1.0
+
+    @property
+    def d_qk(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+CASES = (
+    Case("one token", (1,)),
+    Case("a full page, and one token on a second page", (64, 65)),
+    Case("an empty request among others", (0, 70, 0, 3)),
+    Case("only empty requests", (0, 0)),
+    Case("ragged enough that one request is split and others are not", (1, 700, 64, 130)),
+    Case("parts longer than one unit", (1500,)),
+    Case("one head", (100,), num_heads=1),
+    Case("20 heads: rows of the tile are masked, tokens on the 64-row side", (150, 33), num_heads=20),
+    Case("40 heads: rows of a 64-row tile are masked", (150, 33), num_heads=40),
+    Case("128 heads: two row tiles of 64", (129,), num_heads=128),
+    Case("two latent heads", (90, 10), num_heads=8, h_kv=2),
+    Case("two latent heads, two queries, many heads each", (70,), num_heads=72, h_kv=2, seqlen_q=2),
+    Case("causal: the last tile is seen by some queries only", (64, 65, 66), seqlen_q=3),
+    Case("causal: more queries than tokens, so the first see nothing", (2, 1, 0), seqlen_q=4),
+    Case("causal, split: the last part is all masked for the first query", (321,), seqlen_q=4),
+    Case("causal, tokens on the 64-row side", (65, 130), seqlen_q=3, num_heads=8),
+    Case("causal, 64-row tiles", (65, 130), seqlen_q=4, num_heads=12),
+    Case("not causal: every query sees all", (65, 2), seqlen_q=3, causal=False),
+    Case("pages of 16: a tile spans several", (40, 200), block_size=16),
+    Case("pages of 48: a tile straddles two, unevenly", (47, 49, 200), block_size=48),
+    Case("pages of 48, tokens on the 64-row side", (49, 200), block_size=48, num_heads=24),
+    Case("pages of 48, 64-row tiles", (49, 200), block_size=48, num_heads=48),
+    Case("pages of 128: a tile begins inside a page", (127, 129, 320), block_size=128),
+    Case("the other latent shapes: 256 + 64", (70,), kv_lora_rank=256, qk_rope_head_dim=64),
+    Case("the other latent shapes: 256 + 32", (70,), kv_lora_rank=256, qk_rope_head_dim=32, num_heads=20),
+    Case("DeepSeek's latent shape", (70,), kv_lora_rank=512, qk_rope_head_dim=64),
+    Case("DeepSeek's latent shape, 64-row tiles", (70,), kv_lora_rank=512, qk_rope_head_dim=64, num_heads=64),
+    Case("large scores: the running maximum moves by hundreds", (400,), q_factor=40.0),
+    Case("a negative scale", (90,), softmax_scale=-0.2),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case's tensors."""
+
+    case: Case
+    q: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.kv_cache, self.block_table, self.cache_seqlens
+
+    def options(self) -> dict[str, object]:
+        case = self.case
+        return {"kv_lora_rank": case.kv_lora_rank, "softmax_scale": case.softmax_scale, "causal": case.causal}
+
+
+def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str = DEVICE, spare_pages: int = 2) -> Problem:
+    """Random queries and latents; pages in random order; NaN and garbage wherever nothing may be read."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = [-(-length // case.block_size) for length in case.lengths]
+    num_blocks = sum(pages) + spare_pages
+    kv_cache = torch.randn((num_blocks, case.block_size, case.h_kv, case.d_qk), generator=generator)
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    block_table = torch.full((len(case.lengths), max(pages) + 1), GARBAGE, dtype=torch.int32)
+    is_used = torch.zeros((num_blocks, case.block_size), dtype=torch.bool)
+    for request, length in enumerate(case.lengths):
+        for index in range(pages[request]):
+            page = order.pop()
+            block_table[request, index] = page
+            is_used[page, : min(case.block_size, length - index * case.block_size)] = True
+    kv_cache[~is_used] = float("nan")
+    q = torch.randn((len(case.lengths), case.seqlen_q, case.num_heads, case.d_qk), generator=generator) * case.q_factor
+    return Problem(
+        case,
+        q.to(device, dtype),
+        kv_cache.to(device, dtype),
+        block_table.to(device),
+        torch.tensor(case.lengths, dtype=torch.int32, device=device),
+    )

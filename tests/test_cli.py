@@ -1,0 +1,263 @@
+"""The `flash-mla` command: what it prints and writes, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flash_mla.bench import generate as bench_generate
+from flash_mla.bench import kernel as bench_kernel
+from flash_mla.bench.shapes import NAMED
+from flash_mla.cli import app as cli_app
+from flash_mla.cli.app import app
+from flash_mla.cli.env import others_named_flash_mla
+from flash_mla.contract import UnsupportedError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny-deepseek-v3"
+ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_decode.json"
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output
+
+
+def only_report(folder: Path) -> dict[str, object]:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_flash_mla_does_not_import_the_command_line() -> None:
+    # typer and rich are Transformers' to bring. Transformers itself may load either, so its own part is taken off.
+    code = (
+        "import sys, transformers.generation.utils, transformers.modeling_utils; before = set(sys.modules)\n"
+        "import flash_mla; new = set(sys.modules) - before\n"
+        "print([m for m in new if m.startswith(('typer', 'rich', 'flash_mla.cli', 'flash_mla.bench'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_typer_the_error_is_a_pip_line() -> None:
+    code = "import sys; sys.modules['typer'] = None\nfrom flash_mla.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: flash-mla needs typer: pip install typer")
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def test_env_names_versions_devices_and_reasons() -> None:
+    text = run("env")
+    assert torch.__version__ in text
+    assert 'attn_implementation="flash_mla" is registered' in text
+    assert "decode runs on" in text
+    report = json.loads(run("env", "--json"))
+    assert report["package"] == str(ROOT / "src" / "flash_mla")
+    cpu = report["devices"][-1]
+    shapes = [shape for shapes in cpu["runs"].values() for shape in shapes]
+    assert sorted(shapes) == sorted(["512+64", "256+64", "256+32", "128+32"])
+    if not report["triton_interpret"]:
+        assert list(cpu["runs"]) == ["torch"]
+        assert "needs a GPU" in cpu["refused"]["triton"][0]
+    if torch.cuda.is_available():
+        assert report["devices"][0]["device"] == "cuda:0"
+
+
+def test_env_says_when_the_name_is_not_registered() -> None:
+    import flash_mla
+
+    flash_mla.unregister()
+    try:
+        assert "NOT registered" in run("env")
+    finally:
+        flash_mla.register()
+
+
+def test_env_finds_what_else_is_called_flash_mla(tmp_path: Path) -> None:
+    own = ROOT / "src" / "flash_mla"
+    assert others_named_flash_mla(own, [str(own.parent)]) == []
+    site = tmp_path / "site"
+    (site / "flash_mla").mkdir(parents=True)
+    (site / "flash_mla" / "__init__.py").write_text("")
+    (site / "flash_mla.abi3.so").write_text("")
+    info = site / "flash_mla-1.0.0+9241ae3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash_mla\nVersion: 1.0.0+9241ae3\n")
+    (info / "RECORD").write_text("flash_mla/__init__.py,,\n")
+    ours = site / "transformers_flash_mla-0.1.0.dist-info"
+    ours.mkdir()
+    (ours / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers-flash-mla\nVersion: 0.1.0\n")
+    (ours / "RECORD").write_text("flash_mla/__init__.py,,\n")
+    found = others_named_flash_mla(own, [str(own.parent), str(site)])
+    assert len(found) == 3
+    assert f"another package flash_mla: {site / 'flash_mla'}" in found
+    assert any("flash_mla.abi3.so" in line for line in found)
+    assert any("distribution flash_mla 1.0.0+9241ae3" in line for line in found)
+
+
+# --- bench kernel -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the refusal is for machines without one")
+def test_bench_kernel_refuses_without_a_gpu(tmp_path: Path) -> None:
+    assert "torch sees none here" in run("bench", "kernel", "--out", tmp_path, code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[bench_kernel.DecodeShape]:
+    """A GPU that takes twice the floor, but runs out of memory at seqlen_q 2. Tells the shapes that it saw."""
+    seen: list[bench_kernel.DecodeShape] = []
+
+    def time_shape(
+        shape: bench_kernel.DecodeShape, dtype: torch.dtype, backend: str | None, cold: bool
+    ) -> bench_kernel.Result:
+        seen.append(shape)
+        if shape.seqlen_q == 2:
+            raise UnsupportedError("flash_mla.decode: no backend accepts this call")
+        work = bench_kernel.work_of(shape)
+        return bench_kernel.Result(shape, "triton", "bfloat16", 2 * work.floor_ms, None, work)
+
+    monkeypatch.setattr(bench_kernel, "time_shape", time_shape)
+    monkeypatch.setattr(cli_app, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return seen
+
+
+def test_bench_kernel_runs_every_anchor_and_shows_its_losses(
+    timed: list[bench_kernel.DecodeShape], tmp_path: Path
+) -> None:
+    text = run("bench", "kernel", "--anchors", ANCHORS, "--out", tmp_path, code=1)  # one shape failed: not a success
+    anchors = json.loads(ANCHORS.read_text())["shapes"]
+    assert len(timed) == len(anchors) == 14
+    report = only_report(tmp_path)
+    assert report["device"] == "a GPU"
+    assert list(report["not_measured"]) == ["b128 q2 k4096 h128 varlen"]
+    by_shape = {(row["batch"], row["seqlen_k"], row["num_heads"]): row for row in report["rows"]}
+    assert len(by_shape) == 13
+    row = by_shape[64, 32768, 16]  # 2 x floor = 1.125 ms, FlashMLA 0.5744 ms
+    assert row["best_anchor"] == "flashmla"
+    assert row["over_best"] == pytest.approx(2 * 0.5624 / 0.5744, rel=2e-3)
+    line = next(line for line in text.splitlines() if "b64 q1 k32768 h16" in line)
+    assert "1.96 slower" in line
+    # 2 x floor = 2.2 us, the best peer 13.5 us
+    assert "faster" in next(line for line in text.splitlines() if "b1 q1 k4096 h16" in line)
+    assert "geometric mean of time / floor over 13 shapes: 2.000" in text
+    assert "not measured: b128 q2" in text
+
+
+def test_bench_kernel_runs_one_shape_by_flags(timed: list[bench_kernel.DecodeShape], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "one.json"
+    flags = ("--batch", 3, "--seqlen-k", 1000, "--num-heads", 20, "--kv-lora-rank", 256, "--qk-rope-head-dim", 32)
+    text = run("bench", "kernel", *flags, "--out", out)
+    assert timed == [bench_kernel.DecodeShape(3, 1, 1000, 20, False, 256, 32)]
+    assert "best" not in text
+    assert json.loads(out.read_text())["rows"][0]["seqlen_k"] == 1000
+
+
+# --- bench generate ---------------------------------------------------------------------------------------------------
+
+
+def test_bench_generate_on_the_tiny_checkpoint(tmp_path: Path) -> None:
+    flags = ("--model", TINY, "--batch", 2, "--prompt", 40, "--new-tokens", 6, "--baseline", "sdpa", "--device", "cpu")
+    text = run("bench", "generate", *flags, "--out", tmp_path)
+    report = only_report(tmp_path)
+    ours, native = report["rows"]
+    assert (ours["attn"], native["attn"]) == ("flash_mla", "sdpa")
+    assert ours["paths"] == {"deepseek_v3 prefill": 4, "deepseek_v3 absorbed": 4 * 5}
+    assert native["paths"] == {}
+    assert len(ours["step_ms"]) == len(native["step_ms"]) == 5
+    assert all(step > 0 for step in ours["step_ms"])
+    assert ours["decode_ms"] == pytest.approx(sorted(ours["step_ms"][2:])[1], abs=1e-3)
+    # A padded cache of latents: 2 rows x 45 positions x 160 columns x 4 bytes x 4 layers.
+    assert native["cache_bytes"] == 2 * 45 * 160 * 4 * 4
+    # Pages: each row one of 64, and the one for padding; whatever the pool has beyond them.
+    assert ours["cache_bytes"] >= 3 * 64 * 160 * 4 * 4
+    assert report["rows_with_identical_tokens"] == 2
+    assert "2 of 2 rows have identical tokens" in text
+    assert report["versions"]["torch"]
+    assert report["date"]
+
+
+def test_bench_generate_static_and_eager(tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--prompt", 20, "--new-tokens", 4, "--cache", "static", "--no-warmup")
+    run("bench", "generate", *flags, "--attn", "flash_mla", "--baseline", "eager", "--device", "cpu", "--out", tmp_path)
+    report = only_report(tmp_path)
+    assert [row["attn"] for row in report["rows"]] == ["flash_mla", "eager"]
+    assert report["rows"][0]["paths"]["deepseek_v2 absorbed"] == 3 * 3
+    assert report["rows_with_identical_tokens"] == 1
+
+
+def test_bench_generate_of_one_layer(tmp_path: Path) -> None:
+    flags = ("--model", "v3-layer", "--num-heads", 2, "--hidden-size", 32, "--prompt", 65, "--batch", 2)
+    text = run("bench", "generate", *flags, "--baseline", "sdpa", "--device", "cpu", "--out", tmp_path)
+    ours, native = only_report(tmp_path)["rows"]
+    assert ours["paths"] == {"deepseek_v3 absorbed": 120}
+    assert native["paths"] == {}
+    assert ours["ms"] > 0
+    assert "absorbed 120" in text
+
+
+def test_layer_step_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both attentions of the layer benchmark get the same weights and the same context: their outputs agree.
+    outputs = []
+    original = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        result = original(self, x)
+        if self.out_features == 32 and self.in_features == 2 * 128:  # o_proj
+            outputs.append(result)
+        return result
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    for attn in ("flash_mla", "sdpa"):
+        bench_generate.time_layer(
+            attn=attn, num_heads=2, batch=2, seqlen_k=70, device=torch.device("cpu"), dtype=torch.float64,
+            hidden_size=32, rounds=1, steps=2,
+        )  # fmt: skip
+    assert len(outputs) == 8
+    for ours, native in zip(outputs[:4], outputs[4:], strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-6, atol=1e-9)
+        assert ours.abs().max() > 0
+
+
+def test_v2_lite_has_the_published_size() -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.deepseek_v2 import DeepseekV2Config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(DeepseekV2Config(**NAMED["v2-lite"]), dtype=torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == pytest.approx(15.7e9, rel=0.005)
+    assert model.config.num_hidden_layers == 27
+
+
+def test_clock_takes_the_median_of_the_late_steps() -> None:
+    clock = bench_generate.StepClock(torch.device("cpu"))
+    clock.stamps = [3.0, 8.0, 18.0, 19.0, 20.0, 22.0, 23.0]
+    assert clock.ttft_s == 5.0
+    assert clock.step_ms == [10000.0, 1000.0, 1000.0, 2000.0, 1000.0]
+    assert clock.late_ms == 1000.0
+    stopping = bench_generate.StepClock(torch.device("cpu"), stop_after=2)
+    stopping.start()
+    ids = torch.zeros(3, 1, dtype=torch.long)
+    assert [stopping(ids, None).tolist() for _ in range(2)] == [[False] * 3, [True] * 3]
+
+
+def test_wrong_options_are_refused_with_a_line() -> None:
+    assert "no such dtype: int9" in run("bench", "generate", "--dtype", "int9", code=2)
+    assert "is not one of" in run("bench", "generate", "--attn", "flash_attention_2", code=2)
