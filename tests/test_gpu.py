@@ -1,0 +1,135 @@
+"""generate() on a GPU: the Triton backend in bf16 and fp16, and compiled decode with CUDA graphs."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+import flash_mla
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU: bf16 Triton kernels and CUDA graphs", allow_module_level=True)
+
+PROMPT, STEPS = 70, 12
+
+
+def make(dtype: torch.dtype, attn: str) -> DeepseekV3ForCausalLM:
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=99,
+        hidden_size=128,
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        first_k_dense_replace=3,  # routing is a step function: a rounding error may choose another expert
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=128,
+        q_lora_rank=64,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        initializer_range=0.12,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "eager"
+    model = DeepseekV3ForCausalLM(config).eval()
+    # One set of weights that every dtype can hold, so that only the arithmetic differs.
+    model.to(torch.bfloat16).to(dtype).to("cuda")
+    model.set_attn_implementation(attn)
+    return model
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 99, (3, PROMPT + STEPS), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :41] = 0
+    mask[2, :3] = 0
+    return (ids * mask).cuda(), mask.cuda()
+
+
+@torch.no_grad()
+def forced_logits(model: DeepseekV3ForCausalLM, cache: object = None) -> torch.Tensor:
+    """Logits of the last prompt position and of every following token, given one by one."""
+    ids, mask = prompts()
+    out = model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], past_key_values=cache, use_cache=True)
+    assert torch.isfinite(out.logits).all(), "padded positions must be finite too"
+    logits = [out.logits[:, -1]]
+    for end in range(PROMPT + 1, PROMPT + STEPS):
+        out = model(
+            ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=out.past_key_values, use_cache=True
+        )
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("max_cache_len", [None, 128], ids=["growing", "fixed"])
+def test_logits_are_no_further_from_fp64_than_twice_sdpa(dtype, max_cache_len):
+    # Not eager: its softmax is in fp32, where the mask's fp64 minimum is -inf, so padded rows become NaN.
+    exact = forced_logits(make(torch.float64, "sdpa"))
+    plain = forced_logits(make(dtype, "sdpa"))
+    model = make(dtype, "flash_mla")
+    flash_mla.reset_path_counts()
+    before = flash_mla.backend_counts().get(("decode", "triton"), 0)
+    ours = forced_logits(model, flash_mla.PagedLatentCache(model.config, max_cache_len=max_cache_len))
+    assert flash_mla.path_counts() == {("deepseek_v3", "prefill"): 3, ("deepseek_v3", "absorbed"): 3 * (STEPS - 1)}
+    assert flash_mla.backend_counts()["decode", "triton"] - before == 3 * (STEPS - 1)
+    yardstick = (plain - exact).norm().item()
+    error = (ours - exact).norm().item()
+    assert error <= 2 * yardstick, f"error {error:.3e}, sdpa in {dtype} has {yardstick:.3e}"
+
+
+@pytest.mark.parametrize("cache", [None, "static"], ids=["growing", "compiled"])
+def test_tokens_are_those_of_eager_in_fp32(cache):
+    """Static: inductor and CUDA graphs, replayed with growing lengths, over a ragged batch."""
+    ids, mask = prompts()
+    arguments = {"attention_mask": mask[:, :PROMPT], "do_sample": False, "max_new_tokens": 24}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wanted = make(torch.float32, "eager").generate(ids[:, :PROMPT], **arguments)
+    model = make(torch.float32, "flash_mla")
+    for _ in range(2):
+        flash_mla.reset_path_counts()
+        found = model.generate(ids[:, :PROMPT], cache_implementation=cache, **arguments)
+        assert torch.equal(found, wanted)
+        assert ("deepseek_v3", "prefill") in flash_mla.path_counts()
+        assert {path for _, path in flash_mla.path_counts()} <= {"prefill", "absorbed"}
+
+
+def test_compiled_decode_replays_the_triton_kernel():
+    """In bf16 the graph's arithmetic differs from eager's in rounding, so tokens are compared by their logits."""
+    ids, mask = prompts()
+    model = make(torch.bfloat16, "flash_mla")
+    arguments = {"attention_mask": mask[:, :PROMPT], "do_sample": False, "max_new_tokens": 24}
+    scores = {"return_dict_in_generate": True, "output_logits": True}
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        found = model.generate(ids[:, :PROMPT], cache_implementation="static", **arguments, **scores)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    found.past_key_values.validate()
+    full_mask = torch.cat((mask[:, :PROMPT], mask.new_ones((3, 24))), dim=1)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        exact.set_attn_implementation("sdpa")
+        again = exact(found.sequences, attention_mask=full_mask, use_cache=False).logits[:, PROMPT - 1 : -1]
+        plain = copy.deepcopy(model)
+        plain.set_attn_implementation("sdpa")
+        yardstick = plain(found.sequences, attention_mask=full_mask, use_cache=False).logits[:, PROMPT - 1 : -1]
+    ours = torch.stack(found.logits, dim=1).double()
+    assert (ours - again).norm() <= 2 * (yardstick.double() - again).norm()
+
+
+def test_the_rows_of_a_fully_padded_query_are_finite():
+    """SDPA on a GPU must give numbers, not NaN, where a query sees nothing; the cache then holds only real tokens."""
+    model = make(torch.bfloat16, "flash_mla")
+    ids, mask = prompts()
+    cache = flash_mla.PagedLatentCache(model.config)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, output_hidden_states=True)
+    assert all(torch.isfinite(hidden).all() for hidden in out.hidden_states)
+    assert cache.memory_report().tokens_used == int(mask.sum())
