@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flash_mla import ops
+from flash_mla.backends import torch as definition
 from flash_mla.bench import generate as bench_generate
 from flash_mla.bench import kernel as bench_kernel
 from flash_mla.bench.shapes import NAMED
@@ -172,6 +174,16 @@ def test_bench_kernel_runs_one_shape_by_flags(timed: list[bench_kernel.DecodeSha
 # --- bench generate ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def definition_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not Triton's interpreter, which the tests switch on: seconds per step."""
+    monkeypatch.setattr(ops, "BACKENDS", {"torch": definition})
+    ops._choose.cache_clear()
+    yield
+    ops._choose.cache_clear()
+
+
+@pytest.mark.usefixtures("definition_only")
 def test_bench_generate_on_the_tiny_checkpoint(tmp_path: Path) -> None:
     flags = ("--model", TINY, "--batch", 2, "--prompt", 40, "--new-tokens", 6, "--baseline", "sdpa", "--device", "cpu")
     text = run("bench", "generate", *flags, "--out", tmp_path)
@@ -179,6 +191,7 @@ def test_bench_generate_on_the_tiny_checkpoint(tmp_path: Path) -> None:
     ours, native = report["rows"]
     assert (ours["attn"], native["attn"]) == ("flash_mla", "sdpa")
     assert ours["paths"] == {"deepseek_v3 prefill": 4, "deepseek_v3 absorbed": 4 * 5}
+    assert ours["backends"] == {"append torch": 4 * 6, "decode torch": 4 * 5}
     assert native["paths"] == {}
     assert len(ours["step_ms"]) == len(native["step_ms"]) == 5
     assert all(step > 0 for step in ours["step_ms"])
@@ -193,6 +206,7 @@ def test_bench_generate_on_the_tiny_checkpoint(tmp_path: Path) -> None:
     assert report["date"]
 
 
+@pytest.mark.usefixtures("definition_only")
 def test_bench_generate_static_and_eager(tmp_path: Path) -> None:
     flags = ("--model", "tiny", "--prompt", 20, "--new-tokens", 4, "--cache", "static", "--no-warmup")
     run("bench", "generate", *flags, "--attn", "flash_mla", "--baseline", "eager", "--device", "cpu", "--out", tmp_path)
@@ -202,6 +216,7 @@ def test_bench_generate_static_and_eager(tmp_path: Path) -> None:
     assert report["rows_with_identical_tokens"] == 1
 
 
+@pytest.mark.usefixtures("definition_only")
 def test_bench_generate_of_one_layer(tmp_path: Path) -> None:
     flags = ("--model", "v3-layer", "--num-heads", 2, "--hidden-size", 32, "--prompt", 65, "--batch", 2)
     text = run("bench", "generate", *flags, "--baseline", "sdpa", "--device", "cpu", "--out", tmp_path)
@@ -212,6 +227,7 @@ def test_bench_generate_of_one_layer(tmp_path: Path) -> None:
     assert "absorbed 120" in text
 
 
+@pytest.mark.usefixtures("definition_only")
 def test_layer_step_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     # Both attentions of the layer benchmark get the same weights and the same context: their outputs agree.
     outputs = []

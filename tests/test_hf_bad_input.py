@@ -23,13 +23,13 @@ def forward(model, cache, ids, mask=None):
         return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
 
 
-def in_use(model, capacity=None, lengths=(20, 9, 14)):
-    """A cache with a left-padded prompt and two decoded tokens."""
+def in_use(model, capacity=None):
+    """A cache of 3 rows with a left-padded prompt of 20 and two decoded tokens."""
     cache = PagedLatentCache(model.config, 16, capacity)
-    inputs = prompt(lengths)
+    inputs = prompt((20, 9, 14))
     forward(model, cache, inputs["input_ids"], inputs["attention_mask"])
     for token in (5, 6):
-        forward(model, cache, torch.full((len(lengths), 1), token))
+        forward(model, cache, torch.full((3, 1), token))
     return cache
 
 
@@ -52,8 +52,7 @@ class unchanged:
         length, report, pages = self.state()
         assert (length, report) == self.before[:2]
         assert all(torch.equal(a, b) for a, b in zip(pages, self.before[2], strict=True))
-        rows = self.cache.batch_size if hasattr(self.cache, "batch_size") else 3
-        assert torch.isfinite(forward(self.model, self.cache, torch.full((rows, 1), 7))).all()
+        assert torch.isfinite(forward(self.model, self.cache, torch.full((3, 1), 7))).all()
 
 
 @CAPACITIES

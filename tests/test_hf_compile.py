@@ -66,6 +66,20 @@ def test_generate_compiles_one_graph(name, lengths, backend, graphs):
     assert_paths(name, prefill=2 * layers, absorbed=layers)
 
 
+def test_a_chunked_prefill_is_compiled_too(backend, graphs):
+    """The first chunk is then inside a graph: no page and no pool may be made there."""
+    eager, ours = pair("deepseek_v3")
+    inputs = prompt((48, 48))
+    expected = greedy(eager, inputs)
+    assert greedy(ours, inputs, prefill_chunk_size=16, **compiled(backend)).tolist() == expected.tolist()
+    assert not counters["graph_break"]
+    compiled_once = len(graphs)
+    assert compiled_once >= 2
+    again = prompt((48, 48), seed=4)
+    assert greedy(ours, again, prefill_chunk_size=16, **compiled(backend)).tolist() == greedy(eager, again).tolist()
+    assert len(graphs) == compiled_once
+
+
 def test_compiled_over_two_turns(backend, graphs):
     """A cache of one's own goes into a second call; padding then lies in the middle, and the graph stays."""
     eager, ours = pair("deepseek_v3")

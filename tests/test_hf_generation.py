@@ -7,6 +7,7 @@ caches that share state between threads or keep it over a reset.
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -186,6 +187,17 @@ def test_a_cache_of_ones_own(name, attn, capacity):
     assert_paths(name, **({"prefill": layers, "absorbed": layers * STEPS} if attn == "flash_mla" else {}))
 
 
+def test_a_cache_made_from_an_equal_config(models):
+    """For example from `AutoConfig.from_pretrained`: `generate` tells it which model it serves."""
+    eager, ours = models
+    config = copy.deepcopy(ours.config)
+    config._attn_implementation = "sdpa"
+    cache = PagedLatentCache(config)
+    assert greedy(ours, prompt(), past_key_values=cache).tolist() == greedy(eager, prompt()).tolist()
+    assert_paths("deepseek_v3", prefill=LAYERS, absorbed=LAYERS * STEPS)
+    assert cache.memory_report().tokens_used == 61 + 40 + 57 + 3 * STEPS
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -205,15 +217,21 @@ def test_without_pages_the_path_is_dense(models, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 4, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 2}],
-    ids=["greedy", "beams", "sampled"],
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 2, "prefill_chunk_size": 16},
+    ],
+    ids=["greedy", "beams", "sampled", "beams in chunks"],
 )
 def test_static_cache_is_paged_with_fixed_capacity(models, options):
     output = ours_like_eager(models, prompt(), cache_implementation="static", **options)
     cache = output.past_key_values
     assert isinstance(cache, PagedLatentCache)
     assert cache.max_cache_len >= 61 + STEPS
-    assert_paths("deepseek_v3", prefill=LAYERS, absorbed=LAYERS * STEPS)
+    chunks = {"gathered": LAYERS, "absorbed": LAYERS * (2 + STEPS)} if "prefill_chunk_size" in options else {}
+    assert_paths("deepseek_v3", **{"prefill": LAYERS, "absorbed": LAYERS * STEPS, **chunks})
 
 
 def test_static_cache_serves_a_second_call(models):

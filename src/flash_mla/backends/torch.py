@@ -100,7 +100,8 @@ def decode(
         scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
         part_lse = scores.logsumexp(-1)  # [rows, h_kv, group, seqlen_q]
         empty = part_lse == float("-inf")
-        probability = torch.exp(scores - part_lse.masked_fill(empty, 0).unsqueeze(-1))
+        # Not exp(scores - lse): a rounded lse of 10 would cost every probability 1e-6 in fp32.
+        probability = scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0)
         mixed = torch.einsum("bhgqk,bkhd->bqhgd", probability, kv[..., : call.kv_lora_rank])
         out[rows] = mixed.flatten(2, 3).to(q.dtype)
         lse[rows] = part_lse.masked_fill(empty, float("inf")).flatten(1, 2)

@@ -32,7 +32,7 @@ LOG2_E = math.log2(math.e)
 # As `triton_kernels` names them; plain integers, to be at hand without triton.
 FORM_PLAIN, FORM_ROWS, FORM_SWAPPED = 0, 1, 2
 # First Triton whose compilation of the wgmma forms was looked at.
-WGMMA_TRITON = (3, 6)
+WGMMA_TRITON = (3, 4)
 # What the interpreter pretends to be: few processors, so that small cases split; Hopper, so that every form runs.
 INTERPRETER_SMS = 8
 INTERPRETER_HAS_WGMMA = True

@@ -282,10 +282,7 @@ def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.3) -> float:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = _graph_of(calls)
     graph.replay()
     first = _timed(graph.replay)
     times = [_timed(graph.replay) for _ in range(max(7, min(200, int(seconds * 1e3 / max(first, 1e-3)))))]
@@ -301,15 +298,25 @@ def _timed(work: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end))
 
 
+def _graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
 def time_cold(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
     """Milliseconds of one call whose data is not in L2: median over `rounds`, each after a flush."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=_device())
+    # A graph of its own each: a call of several launches would be timed with the host's gaps between them.
+    graphs = [_graph_of([call]) for call in calls[:4]]
     times = []
     for index in range(rounds):
         # Long enough on the device for the host to have queued the call behind it.
         for _ in range(4):
             flush.zero_()
-        times.append(_timed(calls[index % len(calls)]))
+        times.append(_timed(graphs[index % len(graphs)].replay))
     return statistics.median(times)
 
 
@@ -333,15 +340,16 @@ def time_shape(
 def measure_ceilings() -> Ceilings:
     """Copy and read bandwidth (bytes moved over time), a large bf16 matrix product, an almost empty graph node."""
     device = _device()
-    source = torch.empty(2**31, dtype=torch.bfloat16, device=device).normal_()
+    source = torch.empty(2**29, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    copy_ms = time_graph([lambda: target.copy_(source)] * 8)
-    rows = source.view(2**16, 2**15)
-    read_ms = time_graph([lambda: torch.amax(rows, 1)] * 8)
+    # The faster of the driver's copy and a kernel's; each short, because a hot device lowers its clocks.
+    copies = [lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target)]
+    copy_ms = min(time_graph([copy], 0.05) for copy in copies)
+    rows = source.view(2**14, 2**15).view(torch.float32)
+    read_ms = min(time_graph([read], 0.05) for read in (lambda: rows.sum(1), lambda: source.sum(dtype=torch.int32)))
     size = 8192
-    a, b = source[: size * size].view(size, size), target[: size * size].view(size, size)
-    b.normal_()
-    matmul_ms = time_graph([lambda: a @ b] * 8)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul_ms = time_graph([lambda: a @ b], 0.05)
     dot = torch.zeros(1, device=device)
     node_ms = time_graph([dot.zero_] * 256)
     num_bytes = source.numel() * source.itemsize
