@@ -139,9 +139,9 @@ LAYOUTS = (
 )
 
 
-@BY_BACKEND
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.__name__.strip("_") for layout in LAYOUTS])
 @pytest.mark.parametrize("block_size", [64, 48])
+@pytest.mark.parametrize(("backend", "dtype"), [BACKENDS[0], ("triton", TRITON_DTYPES[0])], ids=str)
 def test_strides(layout, block_size: int, backend: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     problem = make(dataclasses.replace(SPLIT, block_size=block_size), dtype)
     arranged = layout(problem)

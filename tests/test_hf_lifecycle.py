@@ -123,6 +123,19 @@ def test_a_cache_in_use_can_be_copied_and_both_go_on(capacity):
         assert cache.memory_report().tokens_used == 61 + 40 + 57 + 3 * 8
 
 
+def test_a_copied_cache_follows_the_same_model():
+    """Which attention runs is the model's to say, also for a copy that was made before it was switched."""
+    eager, model = pair("deepseek_v3")
+    ids, step = prompt((30, 30))["input_ids"], torch.full((2, 1), 5)
+    reference, cache = DynamicCache(config=eager.config), PagedLatentCache(model.config, 16)
+    logits_of(eager, reference, ids)
+    logits_of(model, cache, ids)
+    clone = copy.deepcopy(cache)
+    model.set_attn_implementation("sdpa")
+    expected = logits_of(eager, reference, step)
+    torch.testing.assert_close(logits_of(model, clone, step), expected, rtol=0, atol=1e-3)
+
+
 # --- ways to say the name ---------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ FORM_PLAIN, FORM_ROWS, FORM_SWAPPED = 0, 1, 2
 # First Triton whose compilation of the wgmma forms was looked at.
 WGMMA_TRITON = (3, 4)
 # What the interpreter pretends to be: few processors, so that small cases split; Hopper, so that every form runs.
-INTERPRETER_SMS = 8
+INTERPRETER_SMS = 4
 INTERPRETER_HAS_WGMMA = True
 
 
