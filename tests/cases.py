@@ -18,7 +18,7 @@ BACKENDS = (
 TRITON_DTYPES = [dtype for backend, dtype in BACKENDS if backend == "triton"]
 GARBAGE = 2147480000  # a page that no pool has
 
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU: CUDA graphs do not exist elsewhere")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: CUDA graphs and real sizes")
 
 
 @dataclass(frozen=True)

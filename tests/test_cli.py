@@ -27,7 +27,7 @@ ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_decode.json"
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output + str(result.exception)
     return result.output
 

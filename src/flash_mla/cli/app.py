@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import Enum
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
 app.add_typer(bench, name="bench")
 
-console = Console()
+# Into a file or a pipe a table keeps its rows whole; rich would wrap it at 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 RESULTS = Path("benchmarks/results")
 Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
