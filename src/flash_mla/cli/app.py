@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from enum import Enum
-import sys
 from pathlib import Path
 from typing import Annotated
 
