@@ -121,9 +121,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     max_cache_len: int | None = None
 
-    @initialize(num_rows=st.integers(1, 4))
-    def start(self, num_rows: int) -> None:
-        self.cache = PagedLatentCache(small_config(), block_size=BLOCK, max_cache_len=self.max_cache_len)
+    @initialize(num_rows=st.integers(1, 4), repeats=st.sampled_from([1, 1, 2, 3]))
+    def start(self, num_rows: int, repeats: int) -> None:
+        num_rows *= repeats
+        self.repeats = repeats
+        self.cache = PagedLatentCache(
+            small_config(), block_size=BLOCK, max_cache_len=self.max_cache_len, prompt_repeats=repeats
+        )
         self.expected: list[list[int | None]] = [[] for _ in range(num_rows)]
         self.token = 1
 
@@ -131,13 +135,17 @@ class CacheMachine(RuleBasedStateMachine):
     def seen(self) -> int:
         return len(self.expected[0])
 
-    @rule(data=st.data(), seqlen_q=st.sampled_from([1, 1, 1, 2, 7, 16, 33]), padded=st.booleans())
-    def append(self, data: st.DataObject, seqlen_q: int, padded: bool) -> None:
+    @rule(data=st.data(), seqlen_q=st.sampled_from([1, 1, 1, 2, 7, 16, 33]), padded=st.booleans(), same=st.booleans())
+    def append(self, data: st.DataObject, seqlen_q: int, padded: bool, same: bool) -> None:
+        """`same`: the rows of a group are given the same tokens, as `generate` gives them one prompt."""
         batch = len(self.expected)
         count = batch * seqlen_q
         real = data.draw(st.lists(st.booleans(), min_size=count, max_size=count)) if padded else [True] * count
         valid = torch.tensor(real).view(batch, seqlen_q)
         numbers = torch.arange(self.token, self.token + count).view(batch, seqlen_q)
+        if same and batch % self.repeats == 0:
+            leaders = torch.arange(0, batch, self.repeats).repeat_interleave(self.repeats)
+            numbers, valid = numbers[leaders], valid[leaders]
         if self.max_cache_len is not None and self.seen + seqlen_q > self.max_cache_len:
             with pytest.raises(ValueError, match=f"{self.max_cache_len} positions are the capacity"):
                 self.store(numbers, valid if padded else None)

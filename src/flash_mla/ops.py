@@ -311,7 +311,8 @@ def append(
         latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, normalised, dtype of `kv_cache`; strides free.
         k_rope: `[batch, seqlen_q, h_kv, qk_rope_head_dim]`, already rotated; strides free.
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset. Must lie inside the pool (not checked here).
-            Tokens that nobody may read go to a page that no table names.
+            Tokens that nobody may read go to a page that no table names; otherwise
+            two tokens of one call share a slot only if their rows are equal.
         backend: "triton" or "torch", obeyed or refused; None takes the first that accepts.
     Raises: ValueError: wrong shapes, dtypes or devices. UnsupportedError: no backend accepts.
     No host sync; capturable in a CUDA graph.

@@ -113,7 +113,7 @@ def append(
 ) -> None:
     """Write each new token's `[latent | rotated key]` row into its slot, in place.
 
-    Shapes as in `contract.check_append`. Two tokens of one call must not share a slot, except slots that nobody reads.
+    Shapes as in `contract.check_append`. Two tokens share a slot only if equal or unread.
     """
     block, offset = slots // call.block_size, slots % call.block_size
     kv_cache[block, offset] = torch.cat((latent, k_rope), dim=-1)

@@ -268,7 +268,7 @@ def append(
 ) -> None:
     """Write each new token's `[latent | rotated key]` row into its slot, in place, in one launch.
 
-    Shapes as in `contract.check_append`. Two tokens of one call must not share a slot, except slots that nobody reads.
+    Shapes as in `contract.check_append`. Two tokens share a slot only if equal or unread.
     """
     num_rows = call.batch * call.seqlen_q * call.h_kv
     if num_rows == 0:

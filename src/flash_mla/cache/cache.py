@@ -124,7 +124,9 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         Raises: ValueError: positive, or more than there are; nothing is changed.
         """
         self.group.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        # Sliding layers may refuse (they forget their past): they come first, while the pages are still as they were.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLatentLayer)):
+            layer.crop(tokens_to_remove)
 
     def memory_report(self) -> MemoryReport:
         """Pages, tokens and bytes. Waits for the device.

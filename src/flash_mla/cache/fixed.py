@@ -34,6 +34,18 @@ class FixedState(PagedState):
     def __init__(self, batch: int, block_size: int, device: torch.device, max_cache_len: int) -> None:
         super().__init__(batch, block_size, device)
         self.max_cache_len = max_cache_len
+        if torch.compiler.is_compiling():
+            self._reserve()
+            return
+        # Changed in place later, so they may not be inference tensors, whatever mode the first forward runs in.
+        with torch.inference_mode(False):
+            self._reserve()
+        stable = (self.block_table, self.cache_seqlens, self.seen, self.history, self.overflowed, self.slots)
+        for tensor in stable:
+            torch._dynamo.mark_static_address(tensor)
+
+    def _reserve(self) -> None:
+        batch, block_size, device, max_cache_len = self.batch, self.block_size, self.device, self.max_cache_len
         per_row = pages_for(max_cache_len, block_size)
         self._num_blocks = 1 + batch * per_row
         self.block_table = torch.arange(1, self._num_blocks, dtype=torch.int32, device=device).view(batch, per_row)
@@ -46,15 +58,14 @@ class FixedState(PagedState):
         self.slots = self.decode_slots
         # The padded length as the host knows it; None after a compiled step, which may not touch Python numbers.
         self.seen_on_host: int | None = 0
-        if not torch.compiler.is_compiling():
-            stable = (self.block_table, self.cache_seqlens, self.seen, self.history, self.overflowed, self.slots)
-            for tensor in stable:
-                torch._dynamo.mark_static_address(tensor)
 
     @property
     def num_blocks(self) -> int:
         """Pages that a layer's pool must have, page 0 included."""
         return self._num_blocks
+
+    def part_prompts(self) -> None:
+        """Nothing to do: each row owns its pages."""
 
     def seen_int(self) -> int:
         """The padded length as a number; waits for the device if compiled steps moved it."""

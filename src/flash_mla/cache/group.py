@@ -49,15 +49,25 @@ class PagedGroup:
     def join(self, batch: int, device: torch.device) -> tuple[PagedState, bool]:
         """The state of `device` and whether it was just made, which makes the asking layer its leader."""
         if device in self.states:
-            return self.states[device], False
+            state = self.states[device]
+            if state.num_forwards > 1:
+                state.num_written = -1  # this layer missed a forward
+                state.check_complete()
+            state.num_layers += 1
+            return state, False
         if self.max_cache_len is not None:
             self.states[device] = FixedState(batch, self.block_size, device, self.max_cache_len)
         else:
             repeats = self.prompt_repeats if batch % self.prompt_repeats == 0 else 1
             self.states[device] = GrowingState(batch, self.block_size, device, repeats)
+        self.states[device].num_layers = 1
         return self.states[device], True
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise ValueError unless every state can crop by `tokens_to_remove` (zero or negative)."""
+        if tokens_to_remove and not self.states:
+            raise ValueError(
+                f"flash_mla.PagedLatentCache.crop: the cache is empty, got {tokens_to_remove} positions to remove"
+            )
         for state in self.states.values():
             state.check_crop(tokens_to_remove)

@@ -25,8 +25,8 @@ class GrowingState(PagedState):
         batch: rows.
         block_size: tokens per page.
         device: where the tensors live.
-        prompt_repeats: rows come in groups of this many with the same prompt (beams, `num_return_sequences`); until the
-            first single-token step a group shares its pages.
+        prompt_repeats: rows come in groups of this many with the same prompt (beams, `num_return_sequences`); a group
+            shares its pages until its first single-token step, or until its rows are given different tokens.
     """
 
     seen: int
@@ -61,7 +61,7 @@ class GrowingState(PagedState):
 
     def _advance(self, seqlen_q: int, valid: torch.Tensor | None) -> None:
         if seqlen_q == 1:
-            self._part_prompts()
+            self.part_prompts()
         rows = len(self.pages.rows)
         if valid is None:
             least = most = [seqlen_q] * rows
@@ -113,7 +113,7 @@ class GrowingState(PagedState):
         self.block_table = table.repeat_interleave(self.prompt_repeats, 0) if self.prompt_repeats > 1 else table
         self._uploaded = [list(pages) for pages in rows]
 
-    def _part_prompts(self) -> None:
+    def part_prompts(self) -> None:
         """End the phase in which groups of rows share their prompt: from now on each row has a table row of its own."""
         if self.prompt_repeats > 1:
             groups = range(len(self.pages.rows))
@@ -144,9 +144,14 @@ class GrowingState(PagedState):
     def select(self, indices: torch.Tensor) -> None:
         """Row i becomes what row `indices[i]` was; pages are shared. Reads `indices` on the host."""
         self.plan = None
-        self._part_prompts()
+        chosen = indices.tolist()
+        if not chosen or not all(0 <= index < self.batch for index in chosen):
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: rows must be numbers in 0..{self.batch - 1}, at least one, got {chosen}"
+            )
+        self.part_prompts()
         self._learn_lengths()
-        self.pages.select(indices.tolist())
+        self.pages.select(chosen)
         self.batch = len(self.pages.rows)
         indices = indices.to(self.device)
         self.cache_seqlens = self.cache_seqlens[indices]

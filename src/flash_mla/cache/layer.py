@@ -38,8 +38,17 @@ class Latents:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"flash_mla.Latents has no {name!r}: a PagedLatentCache whose config says attn_implementation='flash_mla' "
-            "was given to a model that runs another one; make the cache with that model's own config"
+            "was given to a model that runs another one (make the cache with that model's own config), or to an "
+            "attention class that flash_mla does not know (generate() finds it; a forward of one's own does not)"
         )
+
+
+def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A zeroed pool that may be written in place later, also if it is made inside `torch.inference_mode()`."""
+    if torch.compiler.is_compiling():
+        return torch.zeros(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -91,7 +100,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.kv_lora_rank = key_states.shape[-1]
         d_qk = self.kv_lora_rank + value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self.kv_cache = torch.zeros((self.state.num_blocks, self.state.block_size, 1, d_qk), dtype=dtype, device=device)
+        shape = (self.state.num_blocks, self.state.block_size, 1, d_qk)
+        self.kv_cache = _pool(shape, dtype, device)
         if self.group.max_cache_len is not None and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.kv_cache)
         self.dtype, self.device = dtype, device
@@ -160,22 +170,40 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         assert self.state is not None and self.kv_cache is not None
         if self.is_leader:
+            if self.state.prompt_repeats > 1 and not self._same_prompts(new, valid):
+                self.state.part_prompts()
             self.state.advance(new.latent.shape[2], valid)
         self._follow()
         dtype = self.kv_cache.dtype
         ops.append(
             self.kv_cache,
-            new.latent.transpose(1, 2).to(dtype),
-            new.k_rope.transpose(1, 2).to(dtype),
+            new.latent.detach().transpose(1, 2).to(dtype),
+            new.k_rope.detach().transpose(1, 2).to(dtype),
             self.state.slots,
             backend=self.group.backend,
         )
+        if not torch.compiler.is_compiling():
+            self.state.num_written += 1
+
+    def _same_prompts(self, new: Latents, valid: torch.Tensor | None) -> bool:
+        """Whether the rows of each group were given the same tokens; waits for the device.
+
+        Asked of the first layer only: on the same context, the same latents there mean the same tokens.
+        """
+        assert self.state is not None
+        for tensor in (new.latent, new.k_rope, valid):
+            if tensor is not None:
+                groups = tensor.unflatten(0, (-1, self.state.prompt_repeats))
+                if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+                    return False
+        return True
 
     def _follow(self) -> None:
         """Let the pool follow what the state decided: grow it, and copy shared pages before one row writes to them."""
         assert self.state is not None and self.kv_cache is not None
         if self.kv_cache.shape[0] < self.state.num_blocks:
-            pool = self.kv_cache.new_zeros((self.state.num_blocks, *self.kv_cache.shape[1:]))
+            shape = (self.state.num_blocks, *self.kv_cache.shape[1:])
+            pool = _pool(shape, self.kv_cache.dtype, self.kv_cache.device)
             pool[: self.kv_cache.shape[0]] = self.kv_cache
             self.kv_cache = pool
         if self.state.copies is not None:

@@ -35,6 +35,8 @@ class PagedState(ABC):
     # Positions that fit, or None; and whether each layer has to move its rows when the batch is reordered.
     max_cache_len: int | None = None
     layers_move_rows = False
+    # Rows that share one prompt and its pages; see GrowingState.
+    prompt_repeats = 1
 
     block_table: torch.Tensor
     cache_seqlens: torch.Tensor
@@ -51,6 +53,10 @@ class PagedState(ABC):
         self.has_context = False
         self.had_context = False
         self.padding_unknown = False
+        # Layers of this state, how many of them the forward under way has reached, and forwards since the last reset.
+        self.num_layers = 0
+        self.num_written = 0
+        self.num_forwards = 0
 
     @property
     @abstractmethod
@@ -81,12 +87,28 @@ class PagedState(ABC):
             valid: bool `[batch, seqlen_q]`, False where a position is padding; None if all are real.
         """
         self.plan = None
+        if not torch.compiler.is_compiling():
+            self.check_complete()
+            self.num_written = 0
+            self.num_forwards += 1
         self._advance(seqlen_q, valid)
         self.had_context = self.has_context
         self.has_context = True
 
     @abstractmethod
     def _advance(self, seqlen_q: int, valid: torch.Tensor | None) -> None: ...
+
+    def check_complete(self) -> None:
+        """Raise ValueError if the last forward stopped (out of memory, interrupt) before it reached every layer."""
+        if self.num_forwards and self.num_written < self.num_layers:
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: the last forward stopped after {self.num_written} of {self.num_layers} "
+                "layers, so its tokens are stored in some layers only: reset() the cache or use a new one"
+            )
+
+    @abstractmethod
+    def part_prompts(self) -> None:
+        """End the phase in which rows share the pages of one prompt."""
 
     def slots_of(self, rank: torch.Tensor) -> torch.Tensor:
         """Slots int64 `[batch, n]` of the tokens number `rank` (int64 `[batch, n]`, counted from 0) of each row.
@@ -142,6 +164,7 @@ class PagedState(ABC):
         self.plan = None
         self.has_context = False
         self.padding_unknown = False
+        self.num_written = self.num_forwards = 0
         self._reset()
 
     @abstractmethod
@@ -153,6 +176,7 @@ class PagedState(ABC):
 
     def validate(self) -> None:
         """Raise ValueError if what is on the device cannot be right. Waits for the device."""
+        self.check_complete()
         lengths = self.cache_seqlens.tolist()
         self._check_lengths(lengths)
         table = self.block_table

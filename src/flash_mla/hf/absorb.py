@@ -10,17 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..cache import PagedLatentLayer
 
-__all__ = ["absorbable", "absorbed_weights", "expanded_by_us"]
-
-
-def absorbable(module: nn.Module) -> bool:
-    """Whether the up-projection is a pure matrix: with a bias, keys would need one more column than the latent has."""
-    return getattr(module.kv_b_proj, "bias", None) is None
+__all__ = ["absorbed_weights", "expanded_by_us"]
 
 
 def _is_plain(linear: Any) -> bool:
@@ -49,29 +45,40 @@ def _is_block_fp8(linear: Any) -> bool:
 
 
 def _dequantised(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` e4m3 `[out, in]` times `weight_scale_inv` fp32 `[ceil(out / b0), ceil(in / b1)]`, one scale per block.
+    """`weight` e4m3 `[out, in]` times `weight_scale_inv`: one fp32 scale, or one per block `[out / b0, in / b1]`.
 
     Source: the files of DeepSeek-V3 (`quantization_config.weight_block_size`, 128 x 128).
     """
-    weight, scale = linear.weight, linear.weight_scale_inv.float()
-    rows, columns = getattr(linear, "block_size", None) or (128, 128)
-    scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    matrix: torch.Tensor = (weight.float() * scale).to(dtype)
+    with align_module_device(linear):  # an offloaded weight is on the meta device between calls
+        weight, scale = linear.weight, linear.weight_scale_inv.float()
+        if scale.numel() > 1:
+            rows, columns = getattr(linear, "block_size", None) or (128, 128)
+            scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
+            scale = scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        matrix: torch.Tensor = (weight.float() * scale).to(dtype)
     return matrix
 
 
-def _applied(linear: nn.Module, kv_lora_rank: int, like: torch.Tensor) -> torch.Tensor:
-    """The matrix `[out, kv_lora_rank]` that `linear` applies, found by applying it to the identity."""
-    identity = torch.eye(kv_lora_rank, dtype=like.dtype, device=like.device)
-    result: torch.Tensor = linear(identity)
-    return result.mT
+def _applied(linear: nn.Module, kv_lora_rank: int, like: torch.Tensor) -> torch.Tensor | None:
+    """The matrix `[out, kv_lora_rank]` that `linear` applies, found by applying it to the identity.
+
+    None if it adds something besides (a bias, an adapter's too): keys would need one more column than the latent has.
+    """
+    probe = torch.eye(kv_lora_rank + 1, kv_lora_rank, dtype=like.dtype, device=like.device)
+    result: torch.Tensor = linear(probe)
+    # The last row of the probe is zero. While compiling nothing can be asked: such a matrix was made before, eagerly.
+    if not torch.compiler.is_compiling() and bool(result[-1].any()):
+        return None
+    return result[:-1].mT
 
 
-def _adapter_key(linear: Any) -> tuple[Any, ...]:
-    """What a stored matrix depends on besides the module: which LoRA adapters act, and how strongly."""
+def _key(linear: Any) -> tuple[Any, ...]:
+    """What a stored matrix depends on: the module, its numbers, and which LoRA adapters act, how strongly."""
     scaling = getattr(linear, "scaling", None)
+    tensors = (*linear.parameters(), *linear.buffers())
     return (
         id(linear),
+        tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
         tuple(getattr(linear, "active_adapters", ()) or ()),
         bool(getattr(linear, "merged", False)),
         bool(getattr(linear, "disable_adapters", False)),
@@ -79,31 +86,42 @@ def _adapter_key(linear: Any) -> tuple[Any, ...]:
     )
 
 
-def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> torch.Tensor:
+def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> torch.Tensor | None:
     linear = module.kv_b_proj
     if _is_plain(linear):
-        return linear.weight  # type: ignore[no-any-return]
-    key = _adapter_key(linear)
-    if layer.absorbed is None or layer.absorbed_key != key:
+        return linear.weight if linear.bias is None else None
+    if getattr(linear, "_forward_pre_hooks_with_kwargs", None):
+        return None  # PEFT's adapter_names: another adapter for each row of the batch, so no one matrix
+    if torch.compiler.is_compiling() and layer.absorbed_key is not None:
+        return layer.absorbed
+    key = _key(linear)
+    if layer.absorbed_key != key:
         with torch.no_grad():
-            if _is_block_fp8(linear):
+            if not _is_block_fp8(linear):
+                layer.absorbed = _applied(linear, module.kv_lora_rank, like)
+            elif getattr(linear, "bias", None) is None:
                 layer.absorbed = _dequantised(linear, like.dtype)
             else:
-                layer.absorbed = _applied(linear, module.kv_lora_rank, like)
+                layer.absorbed = None
         layer.absorbed_key = key
     return layer.absorbed
 
 
-def absorbed_weights(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def absorbed_weights(
+    module: Any, layer: PagedLatentLayer, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """W_UK `[num_heads, qk_nope_head_dim, kv_lora_rank]` and W_UV `[num_heads, v_head_dim, kv_lora_rank]`.
 
     Args:
         module: an attention module with `kv_b_proj` and its dims.
-        layer: keeps the matrix of a module that is not a plain linear layer until the next multi-token forward (the
-            weights may have been trained since) or the end of the cache.
+        layer: keeps the matrix of a module that is not a plain linear layer, until its numbers or its adapters change,
+            a new prompt comes, or the cache ends.
         like: gives dtype and device.
+    Returns: None if the up-projection is not one matrix (a bias, or adapters that differ from row to row).
     """
     matrix = _matrix(module, layer, like)
+    if matrix is None:
+        return None
     per_head = module.qk_nope_head_dim + module.v_head_dim
     heads = matrix.view(-1, per_head, matrix.shape[-1])
     return heads[:, : module.qk_nope_head_dim], heads[:, module.qk_nope_head_dim :]
@@ -119,9 +137,10 @@ def expanded_by_us(
         k_rope: `[batch, 1, positions, qk_rope_head_dim]`.
     Returns: key `[batch, num_heads, positions, qk_nope + qk_rope]`, value `[batch, num_heads, positions, v_head_dim]`.
     """
-    if not _is_block_fp8(module.kv_b_proj):
+    weights = absorbed_weights(module, layer, latent) if _is_block_fp8(module.kv_b_proj) else None
+    if weights is None:
         return None
-    w_uk, w_uv = absorbed_weights(module, layer, latent)
+    w_uk, w_uv = weights
     key_nope = torch.einsum("bokr,hdr->bhkd", latent, w_uk)
     value = torch.einsum("bokr,hvr->bhkv", latent, w_uv)
     return torch.cat((key_nope, k_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1), value

@@ -8,6 +8,8 @@ gathered: a padded or custom-masked chunk on top of a context, or so long a chun
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .. import ops
 from ..cache import Latents, PagedLatentLayer
 from ..contract import UnsupportedError
-from .absorb import absorbable, absorbed_weights, expanded_by_us
+from .absorb import absorbed_weights, expanded_by_us
 from .paths import record
 
 __all__ = ["flash_mla_attention"]
+
+logger = logging.getLogger(__name__)
 
 
 def flash_mla_attention(
@@ -58,7 +62,14 @@ def flash_mla_attention(
         raise UnsupportedError("flash_mla: indices and s_aux are not supported on the paged cache yet")
     if module.training and torch.is_grad_enabled() and key.latent.requires_grad:
         raise ValueError("flash_mla: a paged cache keeps no gradients; train with use_cache=False")
+    if torch.is_grad_enabled() and key.latent.requires_grad and not torch.compiler.is_compiling():
+        _say_detached()
     return _paged(module, query, key, attention_mask, dropout, scaling, kwargs)
+
+
+@functools.cache
+def _say_detached() -> None:
+    logger.warning("flash_mla: gradients do not flow through a paged cache; torch.no_grad() spares their cost")
 
 
 # --- paged ------------------------------------------------------------------------------------------------------------
@@ -77,25 +88,30 @@ def _paged(
     assert state is not None
     seqlen_q = query.shape[2]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if mask is not None and layer.is_leader:
+        _check_mask(mask, layer, query)
     if mask is None:
         state.padding_unknown = False
-    if seqlen_q > 1:
-        layer.absorbed = None  # a prompt or a new turn: weights may have been trained since the last one
     covers_context = mask is not None and mask.shape[-1] != seqlen_q
     layer.write(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
+    if seqlen_q > 1 and not state.had_context:
+        layer.absorbed = layer.absorbed_key = None  # a new prompt: what was stored may be of other weights
+    # A compiled step cannot make what it lacks: with fixed capacity the prompt's forward prepares it.
+    weights = None
+    if seqlen_q == 1 or state.had_context or layer.group.max_cache_len is not None:
+        weights = absorbed_weights(module, layer, new.latent)
     model_type = module.config.model_type
     if covers_context:
         record(model_type, "gathered", "a mask over the whole context was given")
-    elif seqlen_q == 1 and absorbable(module):
-        record(model_type, "absorbed")
-        return _absorbed(module, query, new, scaling, causal=False), None
     elif seqlen_q > 1 and not state.had_context:
         record(model_type, "prefill")
         key, value = _expand(module, layer, new.latent, new.k_rope)
         return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
-    elif mask is None and absorbable(module) and seqlen_q <= _longest_absorbed(module):
+    elif weights is None:
+        record(model_type, "gathered", "kv_b_proj is not one matrix (a bias, or adapters by row)")
+    elif seqlen_q == 1 or (mask is None and seqlen_q <= _longest_absorbed(module)):
         record(model_type, "absorbed")
-        return _absorbed(module, query, new, scaling, causal=True), None
+        return _absorbed(module, query, new, weights, scaling, causal=seqlen_q > 1), None
     else:
         long = f"{seqlen_q} new tokens: expanding the context costs less from {_longest_absorbed(module) + 1} on"
         record(model_type, "gathered", long if mask is None else "padding in a chunk on top of a context")
@@ -105,10 +121,32 @@ def _paged(
     return _sdpa(module, query, key, value, visible, dropout, scaling, kwargs)
 
 
-def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen_q: int) -> torch.Tensor:
-    """Which new tokens are not padding, bool `[batch, seqlen_q]`: a token that may see itself is real."""
+def _check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor) -> None:
+    """Raise ValueError, before anything is stored, unless a mask covers the new tokens or the whole context."""
     assert layer.state is not None
-    visible = _as_bool(mask[:, 0])
+    batch, num_heads, seqlen_q, _ = query.shape
+    widths = {seqlen_q, layer.state.max_cache_len}
+    if not torch.compiler.is_compiling():  # a compiled step has no number for the present length
+        widths.add(layer.state.seen_int() + seqlen_q)
+    if (
+        mask.ndim != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1] not in (1, num_heads)
+        or mask.shape[2] != seqlen_q
+        or (mask.shape[3] not in widths and not torch.compiler.is_compiling())
+        or not (mask.dtype == torch.bool or mask.is_floating_point())
+    ):
+        columns = sorted(width for width in widths if width is not None)
+        raise ValueError(
+            f"flash_mla: attention_mask must be bool or floating [batch={batch} or 1, num_heads={num_heads} or 1, "
+            f"seqlen_q={seqlen_q}, one of {columns} positions], got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen_q: int) -> torch.Tensor:
+    """Which new tokens are not padding, bool `[batch, seqlen_q]`: those that some new query may see."""
+    assert layer.state is not None
+    visible = _as_bool(mask).any(1)
     if mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
         # A mask over the whole capacity: the new columns begin at the present length. The leader has not moved it on
         # yet; the layers after it do not use the answer.
@@ -116,12 +154,16 @@ def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen
         visible = visible.index_select(-1, columns.clamp(max=mask.shape[-1] - 1))
     else:
         visible = visible[..., -seqlen_q:]
-    return visible.diagonal(dim1=-2, dim2=-1).expand(batch, seqlen_q)
+    return visible.any(-2).expand(batch, seqlen_q)
+
+
+# Additive masks say "not visible" with the dtype's minimum, -inf or some -10,000; a position's bias is far above this.
+HIDDEN = -1e3
 
 
 def _as_bool(mask: torch.Tensor) -> torch.Tensor:
-    """True = visible, from a bool or an additive mask (0 = visible, the dtype's minimum or -inf = not)."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """True = visible, from a bool or an additive mask."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def _longest_absorbed(module: Any) -> int:
@@ -134,10 +176,17 @@ def _longest_absorbed(module: Any) -> int:
     return int(rank * per_head / max(1, 2 * rank - per_head))
 
 
-def _absorbed(module: Any, query: torch.Tensor, new: Latents, scaling: float, causal: bool) -> torch.Tensor:
+def _absorbed(
+    module: Any,
+    query: torch.Tensor,
+    new: Latents,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+    causal: bool,
+) -> torch.Tensor:
     layer, state = new.layer, new.layer.state
     assert state is not None and layer.kv_cache is not None
-    w_uk, w_uv = absorbed_weights(module, layer, new.latent)
+    w_uk, w_uv = weights
     q_nope, q_rope = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
     q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
     q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
@@ -187,23 +236,20 @@ def _over_context(
     assert state is not None
     device = state.device
     if mask is not None and mask.shape[-1] != seqlen_q:
-        missing = num_keys - mask.shape[-1]
-        if missing < 0 or (missing > 0 and state.max_cache_len is None):
-            raise ValueError(
-                f"flash_mla: attention_mask must cover the {num_keys} positions in the cache, got {tuple(mask.shape)}"
-            )
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return nn.functional.pad(mask, (0, missing), value=hidden)
+        return nn.functional.pad(mask, (0, num_keys - mask.shape[-1]), value=hidden)
     _, stored = state.positions()
     if stored is None:
         stored = torch.ones((batch, num_keys), dtype=torch.bool, device=device)
-    visible = stored[:, None, None, :].expand(batch, 1, seqlen_q, num_keys).clone()
-    if mask is None:
-        new = torch.ones((seqlen_q, seqlen_q), dtype=torch.bool, device=device).tril()
-    else:
-        new = _as_bool(mask).to(device)
+    new = torch.ones((1, 1, seqlen_q, seqlen_q), dtype=torch.bool, device=device).tril() if mask is None else mask
+    heads = new.shape[1]
+    visible = stored[:, None, None, :].expand(batch, heads, seqlen_q, num_keys).clone()
+    if new.dtype != torch.bool:
+        visible = torch.zeros(visible.shape, dtype=new.dtype, device=device).masked_fill(
+            ~visible, torch.finfo(new.dtype).min
+        )
     columns = (state.seen - seqlen_q) + torch.arange(seqlen_q, device=device)
-    visible[..., columns] = new.expand(batch, 1, seqlen_q, seqlen_q)
+    visible[..., columns] = new.expand(batch, heads, seqlen_q, seqlen_q)
     return visible
 
 

@@ -1,5 +1,5 @@
-"""The mask that an attention call gets under "flash_mla": over the new tokens only where the cache is paged (what is
-stored is visible by construction), the same as "sdpa" everywhere else.
+"""The mask that an attention call gets under "flash_mla": over the new tokens only where the cache is paged, the same as
+under "sdpa" everywhere else. What is stored stays visible: a later 2D mask that hides it again is not looked at.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def _new_columns(
     if attention_mask is None:
         return None
     width = attention_mask.shape[1]
+    if q_length > 1 and not torch.compiler.is_compiling():
+        kv_offset = int(kv_offset)  # the caller waits for the device in any case
     if isinstance(kv_offset, int):
         columns = attention_mask[:, kv_offset : kv_offset + q_length]
         if columns.shape[1] != q_length:

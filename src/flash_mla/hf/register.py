@@ -127,6 +127,9 @@ def _hook_class(owner: type) -> None:
         return expand_kv
 
     _replace(owner, "expand_kv", wrap)
+    derived: type
+    for derived in owner.__subclasses__():
+        _hook_class(derived)
 
 
 def _check_attention(module: Any) -> None:
@@ -187,12 +190,13 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         max_cache_length: int,
     ) -> Any:
         text_config = self.config.get_text_config(decoder=True)
+        user_cache = model_kwargs.get("past_key_values")
+        if isinstance(user_cache, PagedLatentCache):
+            _check_capacity(user_cache, generation_config, model_kwargs, max_cache_length)
         if text_config._attn_implementation == NAME:
             family = require_mla(text_config)
-            user_cache = model_kwargs.get("past_key_values")
             if isinstance(user_cache, PagedLatentCache):
                 _check_layers(user_cache, _hook_model(self), text_config)
-                _check_capacity(user_cache, generation_config, model_kwargs, max_cache_length)
             elif user_cache is None and generation_config.use_cache is not False:
                 cache = _make_cache(
                     self,
