@@ -1,5 +1,5 @@
-"""The mask that an attention call gets under "flash_mla": over the new tokens only where the cache is paged, the same as
-under "sdpa" everywhere else. What is stored stays visible: a later 2D mask that hides it again is not looked at.
+"""The mask of an attention call under "flash_mla": over the new tokens only where the cache is paged, the same as under
+"sdpa" everywhere else. What is stored stays visible: a later 2D mask that hides it again is not looked at.
 """
 
 from __future__ import annotations
