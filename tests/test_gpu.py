@@ -84,14 +84,21 @@ def test_logits_are_no_further_from_fp64_than_twice_sdpa(dtype, max_cache_len):
     assert error <= 2 * yardstick, f"error {error:.3e}, sdpa in {dtype} has {yardstick:.3e}"
 
 
+class Applied(torch.nn.Linear):
+    """Not `nn.Linear` itself, so its matrix is found by applying it: before the graph, not inside."""
+
+
+@pytest.mark.parametrize("linear", [torch.nn.Linear, Applied], ids=["plain", "applied"])
 @pytest.mark.parametrize("cache", [None, "static"], ids=["growing", "compiled"])
-def test_tokens_are_those_of_eager_in_fp32(cache):
+def test_tokens_are_those_of_eager_in_fp32(cache, linear):
     """Static: inductor and CUDA graphs, replayed with growing lengths, over a ragged batch."""
     ids, mask = prompts()
     arguments = {"attention_mask": mask[:, :PROMPT], "do_sample": False, "max_new_tokens": 24}
     torch.backends.cuda.matmul.allow_tf32 = False
     wanted = make(torch.float32, "eager").generate(ids[:, :PROMPT], **arguments)
     model = make(torch.float32, "flash_mla")
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj.__class__ = linear
     for _ in range(2):
         flash_mla.reset_path_counts()
         found = model.generate(ids[:, :PROMPT], cache_implementation=cache, **arguments)
