@@ -36,6 +36,9 @@ class PageTable:
         self.num_blocks = num_blocks
         self.reference_counts = [1] + [0] * (num_blocks - 1)
         self._free = list(range(num_blocks - 1, 0, -1))  # popped from the end: low page numbers first
+        # Whether a page may have two rows. Without a fork none has, and no row need be searched for one: where a padded
+        # batch leaves `at_least` at the prompt, that search would grow with every token.
+        self._forked = False
 
     @property
     def num_allocated(self) -> int:
@@ -49,7 +52,7 @@ class PageTable:
         for row, new in enumerate(at_most_new):
             if new <= 0:
                 continue
-            for index in range(self.at_least[row] // self.block_size, len(self.rows[row])):
+            for index in self._pages_to_write(row):
                 page = self.rows[row][index]
                 if self.reference_counts[page] - taken.get(page, 0) > 1:
                     taken[page] = taken.get(page, 0) + 1
@@ -72,7 +75,7 @@ class PageTable:
         for row, new in enumerate(at_most_new):
             if new > 0:
                 pages = self.rows[row]
-                for index in range(self.at_least[row] // self.block_size, len(pages)):
+                for index in self._pages_to_write(row):
                     shared = pages[index]
                     if self.reference_counts[shared] > 1:
                         self.reference_counts[shared] -= 1
@@ -105,6 +108,7 @@ class PageTable:
 
     def select(self, indices: Sequence[int]) -> None:
         """Row i becomes a copy of what row `indices[i]` was; pages are shared, nothing is copied yet."""
+        self._forked = self._forked or len(set(indices)) < len(indices)
         rows = [list(self.rows[index]) for index in indices]
         for pages in rows:
             for page in pages:
@@ -120,6 +124,7 @@ class PageTable:
         """Empty every row; the pool keeps its size."""
         for row in range(len(self.rows)):
             self.truncate(row, 0)
+        self._forked = False
 
     def check(self) -> None:
         """Raise ValueError if a page is leaked, freed twice, or shared without being counted."""
@@ -138,6 +143,10 @@ class PageTable:
             raise ValueError(f"flash_mla: reference counts differ from use, page: (count, uses) = {wrong}")
         if sorted(self._free) != [page for page, n in enumerate(counted) if n == 0]:
             raise ValueError(f"flash_mla: free list {sorted(self._free)} is not the list of unused pages")
+
+    def _pages_to_write(self, row: int) -> range:
+        """Places in the row's list of pages that its next write may touch and another row may hold too."""
+        return range(self.at_least[row] // self.block_size, len(self.rows[row])) if self._forked else range(0)
 
     def _take(self) -> int:
         page = self._free.pop()
