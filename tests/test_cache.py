@@ -173,6 +173,8 @@ def test_a_fixed_cache_keeps_its_addresses():
         ({"block_size": 24}, "block_size must be a multiple of 16, got 24"),
         ({"block_size": 0}, "block_size must be a multiple of 16, got 0"),
         ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
+        ({"prompt_repeats": 0}, "prompt_repeats must be at least 1, got 0"),
+        ({"backend": "cutlass"}, "backend must be one of .* got 'cutlass'"),
     ],
 )
 def test_bad_options(arguments, message):

@@ -1,4 +1,4 @@
-"""The backends in order of preference, each a module with the same five functions.
+"""The backends in order of preference, each a module with the same six functions.
 
 `decode_refusals(call)` and `append_refusals(call)` return the reasons against a call (empty = accepts) from plain
 integers; `num_items(call)` is the size of a split plan; `plan`, `decode` and `append` do the work.

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from ..ops import BACKENDS
 from .group import PagedGroup
 from .layer import PagedLatentLayer
 
@@ -56,7 +57,7 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         prompt_repeats: consecutive rows that will be given the same prompt (what `generate` does for beams and
             `num_return_sequences`); they share its pages.
         backend: "triton" or "torch" for every op of this cache, obeyed or refused; None chooses.
-    Raises: ValueError: a config without `kv_lora_rank`, a bad block_size or max_cache_len.
+    Raises: ValueError: a config without `kv_lora_rank`, or a bad option.
 
     Only real tokens are stored: padding takes no page. `get_seq_length()` is the padded length, as `generate` expects.
     """
@@ -74,6 +75,12 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
             raise ValueError(f"flash_mla.PagedLatentCache: block_size must be a multiple of 16, got {block_size!r}")
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"flash_mla.PagedLatentCache: max_cache_len must be at least 1, got {max_cache_len!r}")
+        if not isinstance(prompt_repeats, int) or prompt_repeats < 1:
+            raise ValueError(f"flash_mla.PagedLatentCache: prompt_repeats must be at least 1, got {prompt_repeats!r}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: backend must be one of {[*BACKENDS]} or None, got {backend!r}"
+            )
         text_config = config.get_text_config(decoder=True)
         own = StaticCache(text_config, max_cache_len) if max_cache_len is not None else DynamicCache(config=text_config)
         plain = DynamicLayer if max_cache_len is None else StaticLayer

@@ -72,7 +72,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.state: PagedState | None = None
         self.kv_lora_rank = 0
         # The up-projection of a module that is not a plain linear layer, as a matrix (hf/absorb.py). It is kept here so
-        # that it dies with the generation; the key says which adapters it was made from.
+        # that it dies with the generation; the key says which numbers and adapters it was made from.
         self.absorbed_key: object = None
         self.absorbed: torch.Tensor | None = None
 
