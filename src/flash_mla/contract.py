@@ -12,23 +12,56 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "CUT_COST",
+    "FIXED_UNITS",
+    "ITEM_COST",
     "LATENT_SHAPES",
+    "MAX_PARTS",
+    "MIN_TAKE",
     "PLAN_BLOCK",
+    "PLAN_CANDIDATES",
+    "PLAN_WHOLE",
     "AppendCall",
     "DecodeCall",
     "UnsupportedError",
     "check_append",
     "check_decode",
     "check_plan",
+    "check_slots",
+    "fixed_slots",
     "no_backend_message",
 ]
 
 # (kv_lora_rank, qk_rope_head_dim) of the published MLA models: what a compiled or portable kernel is built for.
 LATENT_SHAPES = ((512, 64), (256, 64), (256, 32), (128, 32))
 
+# --- the split plan (layout and rule: `backends.torch.plan`) ----------------------------------------------------------
+
 # Tokens in one unit of the split plan. A part of a request is a whole number of units whatever the page size, so a plan
 # made for one page size holds for every other.
 PLAN_BLOCK = 64
+# Cut points are fractions of a request in units of 2^-30. ceil(b * 2^30 / d) stands for b of d units; a kernel takes
+# d * ceil(b * 2^30 / d) >> 30 units: that is b again, as rounding up adds less than d / 2^30 of a unit and d <= 2^25
+# (2^31 tokens). The product reaches 2^55: 64 bits, not 32.
+PLAN_WHOLE = 2**30
+
+# What a piece of work costs a slot beyond its units, in units: one is 64 rows of 1152 B = 73,728 B of the cache, about
+# 2 us of one H200 SM's share of the memory. Beginning an item fills a pipeline and drains it; a piece of a request that
+# was cut writes 64 rows x 512 columns of fp32 besides (131,072 B = 1.8 units), and somebody reads them back.
+ITEM_COST = 4
+CUT_COST = 3
+# Units in the smallest piece that a request is cut for. At most CUT_COST + 1: see PLAN_CANDIDATES.
+MIN_TAKE = 1
+# Capacities of a slot that the plan tries, one unit apart, from an even share of the work on. Going on to the next slot
+# loses ITEM_COST + CUT_COST + MIN_TAKE - 1 units of room that is too small to cut for, or costs a cut, ITEM_COST +
+# 2 * CUT_COST: so an even share and ITEM_COST + 2 * CUT_COST more always suffices, and the candidates must reach that
+# far. They are the lanes of one warp.
+PLAN_CANDIDATES = 32
+
+# deterministic=True: a request is cut by its own length alone, into equal parts of at least about FIXED_UNITS units
+# (2048 tokens), so that its result has the same bits in any batch.
+MAX_PARTS = 8
+FIXED_UNITS = 32
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -223,25 +256,39 @@ def check_append(
     )
 
 
-def check_plan(call: DecodeCall, items: torch.Tensor, first_item: torch.Tensor, function: str = "decode") -> None:
+def check_plan(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor, function: str = "decode") -> None:
     """Raise ValueError unless a split plan has the layout of `ops.plan_splits` for this batch.
 
     Args:
         call: the decode call that is to use the plan.
-        items: int32 `[num_items >= batch, 4]`: request, part, num_parts, first item of the request; -1 = unused.
-        first_item: int32 `[batch + 1]`: where each request's items begin; the last entry is their number.
+        items: int32 `[num_slots + batch, 4]`, num_slots >= 1: request, begin, end, next.
+        splits: int32 `[batch, 2]`: slot of a request's first part, number of its parts.
         function: the name that error messages carry.
     """
     if (
         items.dtype != torch.int32
         or items.ndim != 2
         or items.shape[1] != 4
-        or items.shape[0] < call.batch
+        or items.shape[0] <= call.batch
         or not items.is_contiguous()
     ):
-        raise _fail(function, "plan items", f"contiguous int32 [num_items >= batch={call.batch}, 4]", items)
-    if first_item.dtype != torch.int32 or first_item.shape != (call.batch + 1,) or not first_item.is_contiguous():
-        raise _fail(function, "plan first_item", f"contiguous int32 [batch + 1 = {call.batch + 1}]", first_item)
+        must = f"contiguous int32 [num_slots + batch, 4] with num_slots >= 1 and batch={call.batch}"
+        raise _fail(function, "plan items", must, items)
+    if splits.dtype != torch.int32 or splits.shape != (call.batch, 2) or not splits.is_contiguous():
+        raise _fail(function, "plan splits", f"contiguous int32 [batch={call.batch}, 2]", splits)
+
+
+def check_slots(batch: int, num_slots: int, deterministic: bool) -> None:
+    """Raise ValueError unless a plan for `batch` requests can be made for that many slots."""
+    least = fixed_slots(batch) if deterministic else 1
+    if not isinstance(num_slots, int) or num_slots < least:
+        why = f" (batch={batch}, deterministic)" if deterministic else ""
+        raise ValueError(f"flash_mla.plan: num_slots must be >= {least}{why}, got {num_slots!r}")
+
+
+def fixed_slots(batch: int) -> int:
+    """Slots of a deterministic plan: MAX_PARTS per request, and at least one."""
+    return max(1, batch * MAX_PARTS)
 
 
 def no_backend_message(function: str, reasons: dict[str, list[str]]) -> str:

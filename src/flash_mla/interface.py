@@ -6,7 +6,7 @@
 | 2 (Sep 2025) | the same and `num_heads_q, is_fp8_kvcache, topk` | two int32 tensors | tensor |
 | 3 (Jan 2026) | `()` | a metadata object, planned inside the first call, and None | None |
 
-A plan names (request, part i of n) and the tokens follow from the live lengths, so one that is older than the lengths
+A plan names fractions of a request and the tokens follow from the live lengths, so one that is older than the lengths
 costs balance and never a token.
 """
 
@@ -146,7 +146,8 @@ def get_mla_metadata(
         is_fp8_kvcache: must be False in this version.
         topk: must be None in this version.
         num_q_tokens_per_head_k: the name that generation 2 gives to `num_heads_per_head_k`.
-    Returns: `(metadata, None)`, or int32 tensors `(tile_scheduler_metadata [num_items, 4], num_splits [batch + 1])`.
+    Returns: `(metadata, None)`, or int32 tensors `(tile_scheduler_metadata [num_slots + batch, 4], num_splits
+        [batch, 2])`: the two of `ops.SplitPlan`, to be passed on as they are. FlashMLA's own have other shapes.
     Raises: ValueError: wrong arguments. UnsupportedError: an FP8 cache or sparse attention.
     The result may be reused for all layers of a step and for later steps, whose lengths may differ. Reads device memory
     only; no host sync.
@@ -178,8 +179,8 @@ def get_mla_metadata(
         )
     plan = ops.plan_splits_for(cache_seqlens, seqlen_q=1, num_heads=num_heads, h_kv=num_heads_k)
     if not torch.compiler.is_compiling():
-        _made_for[plan.items] = _made_for[plan.first_item] = _MadeFor(plan.batch, rows, num_heads_k, num_heads_q)
-    return plan.items, plan.first_item
+        _made_for[plan.items] = _made_for[plan.splits] = _MadeFor(plan.batch, rows, num_heads_k, num_heads_q)
+    return plan.items, plan.splits
 
 
 def flash_mla_with_kvcache(
@@ -238,11 +239,11 @@ def flash_mla_with_kvcache(
         raise ValueError(f"{_KVCACHE}: softmax_scale must be a number or None, got {describe(softmax_scale)}")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if torch.compiler.is_compiling():
-        items, first_item = None, num_splits
+        items, splits = None, num_splits
         if isinstance(tile_scheduler_metadata, torch.Tensor):
             items = tile_scheduler_metadata
         return torch.ops.flash_mla.decode.default(  # type: ignore[no-any-return]
-            q, k_cache, block_table, cache_seqlens, items, first_item, head_dim_v, scale, causal, None
+            q, k_cache, block_table, cache_seqlens, items, splits, head_dim_v, scale, causal, None
         )
     try:
         call = check_decode(q, k_cache, block_table, cache_seqlens, head_dim_v, causal, "flash_mla_with_kvcache")
@@ -270,7 +271,7 @@ def flash_mla_with_kvcache(
     metadata._check(call)
     capture = _capture_id(q.device)
     plan = metadata._plan(q.device, capture) or ops._plan(call, cache_seqlens, None)
-    result = ops._decode(call, q, k_cache, block_table, cache_seqlens, plan.items, plan.first_item, scale, None)
+    result = ops._decode(call, q, k_cache, block_table, cache_seqlens, plan.items, plan.splits, scale, None)
     metadata._keep(call, q.device, capture, plan)  # only now: a call that failed leaves the object as it was
     return result
 
@@ -280,22 +281,19 @@ def _in_upstream_words(message: str) -> str:
         ("kv_cache", "k_cache"),
         ("kv_lora_rank", "head_dim_v"),
         ("plan items", "tile_scheduler_metadata"),
-        ("plan first_item", "num_splits"),
+        ("plan splits", "num_splits"),
     ):
         message = message.replace(ours, theirs)
     return message
 
 
-def _check_tensors(
-    call: DecodeCall, items: torch.Tensor, first_item: torch.Tensor | None, device: torch.device
-) -> None:
+def _check_tensors(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor | None, device: torch.device) -> None:
     """Raise ValueError unless metadata tensors have the layout of a plan and were made for the shape of `call`."""
-    if not isinstance(first_item, torch.Tensor):
+    if not isinstance(splits, torch.Tensor):
         raise ValueError(
-            f"{_KVCACHE}: num_splits must be the tensor that came with tile_scheduler_metadata, "
-            f"got {describe(first_item)}"
+            f"{_KVCACHE}: num_splits must be the tensor that came with tile_scheduler_metadata, got {describe(splits)}"
         )
-    for name, tensor in (("tile_scheduler_metadata", items), ("num_splits", first_item)):
+    for name, tensor in (("tile_scheduler_metadata", items), ("num_splits", splits)):
         if tensor.device != device:
             raise ValueError(f"{_KVCACHE}: {name} must be on {device} like q, got {describe(tensor)}")
         made_for = _made_for.get(tensor)
@@ -309,10 +307,10 @@ def _check_tensors(
                 f"cache, h_kv={made_for.h_kv}{heads}; got batch={call.batch}, seqlen_q={call.seqlen_q}, "
                 f"num_heads={call.num_heads}, h_kv={call.h_kv}"
             )
-    pair = _made_for.get(items), _made_for.get(first_item)
+    pair = _made_for.get(items), _made_for.get(splits)
     if None not in pair and pair[0] is not pair[1]:
         raise ValueError(f"{_KVCACHE}: tile_scheduler_metadata and num_splits come from two calls of get_mla_metadata")
-    check_plan(call, items, first_item, "flash_mla_with_kvcache")
+    check_plan(call, items, splits, "flash_mla_with_kvcache")
 
 
 def _check_sparse(

@@ -25,6 +25,7 @@ from .contract import (
     check_decode,
     check_plan,
     describe,
+    fixed_slots,
     no_backend_message,
 )
 
@@ -91,23 +92,34 @@ def _choose(function: str, call: DecodeCall | AppendCall, backend: str | None) -
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How the requests of one forward are cut into parts that run side by side.
+    """How the requests of one forward are dealt out to slots: what each slot works through, one item after the other.
 
-    It names (request, part i of n), never token ranges: a kernel derives the tokens from the live lengths, so an old
-    plan costs balance and never a token.
+    A slot is a thread block that stays, or a group of them that share the query rows. An item is a part of a request,
+    named by two fractions of it and never by tokens: a kernel derives the tokens from the live lengths, so an old plan
+    costs balance and never a token.
 
     Attributes:
-        items: int32 `[num_items, 4]`: request, part, num_parts, first item of the request; request -1 = unused row.
-        first_item: int32 `[batch + 1]`: where each request's items begin; the last entry is their number.
+        items: int32 `[num_slots + batch, 4]`: request (-1 = unused row), begin, end (fractions of the request in units
+            of 2^-30), row of the slot's next item (-1 = last). Row s < num_slots is what slot s begins with; a request
+            that begins later in a slot is in row num_slots + request.
+        splits: int32 `[batch, 2]`: slot of the request's first part, number of its parts. Part p >= 1 is what slot
+            `first + p` begins with.
         batch, seqlen_q, num_heads, h_kv: the shape that it was made for.
+        deterministic: whether the parts of a request depend on its own length alone.
     """
 
     items: torch.Tensor
-    first_item: torch.Tensor
+    splits: torch.Tensor
     batch: int
     seqlen_q: int
     num_heads: int
     h_kv: int
+    deterministic: bool = False
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the plan deals out to; kernels keep 2 * num_slots partial results."""
+        return self.items.shape[0] - self.batch
 
     def check(self, call: DecodeCall, function: str = "decode") -> None:
         """Raise ValueError if `call` has another batch or head shape than this plan was made for."""
@@ -127,17 +139,20 @@ def plan_splits(
     *,
     kv_lora_rank: int,
     causal: bool = True,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> SplitPlan:
     """Plan the split of a decode call, once per forward for all its layers.
 
     Args: as in `decode`; of the tensors only `cache_seqlens` is read.
+        deterministic: cut each request by its own length alone, so that its result does not depend, bit by bit, on the
+            requests beside it. Costs balance: a part is 2048 tokens or an eighth of the request, whichever is more.
     Returns: a plan of a size that depends on the shapes and the device alone, so it can be captured in a graph.
     Raises: ValueError and UnsupportedError as `decode`.
     Reads device memory only; no host sync.
     """
     call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal, "plan_splits")
-    return _plan(call, cache_seqlens, backend)
+    return _plan(call, cache_seqlens, backend, deterministic)
 
 
 def plan_splits_for(
@@ -149,6 +164,7 @@ def plan_splits_for(
     kv_lora_rank: int = 512,
     qk_rope_head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> SplitPlan:
     """Plan the split of a decode call that does not exist yet, from its lengths and plain integers.
@@ -157,6 +173,7 @@ def plan_splits_for(
         cache_seqlens: int32 `[batch]`, as in `decode`.
         seqlen_q, num_heads, h_kv: the shape of the call to come; `h_kv` must divide `num_heads`.
         kv_lora_rank, qk_rope_head_dim, dtype: what decides which backend will run, and so the size of the plan.
+        deterministic: as in `plan_splits`.
         backend: as in `decode`.
     Returns: a plan as from `plan_splits`.
     Raises: ValueError: lengths that are not int32 `[batch]`, or head counts that do not fit together.
@@ -182,7 +199,7 @@ def plan_splits_for(
         qk_rope_head_dim=qk_rope_head_dim,
         dtype=dtype,
     )
-    return _plan(call, cache_seqlens, backend)
+    return _plan(call, cache_seqlens, backend, deterministic)
 
 
 def call_to_come(
@@ -224,14 +241,14 @@ def backend_reasons(call: DecodeCall | AppendCall) -> dict[str, list[str]]:
     return _reasons(call)
 
 
-def _plan(call: DecodeCall, cache_seqlens: torch.Tensor, backend: str | None) -> SplitPlan:
+def _plan(call: DecodeCall, cache_seqlens: torch.Tensor, backend: str | None, deterministic: bool = False) -> SplitPlan:
     module = BACKENDS[_choose("plan_splits", call, backend)]
-    num_items = module.num_items(call)
+    num_slots = fixed_slots(call.batch) if deterministic else module.num_slots(call)
     if torch.compiler.is_compiling():
-        items, first_item = torch.ops.flash_mla.plan.default(cache_seqlens, num_items)
+        items, splits = torch.ops.flash_mla.plan.default(cache_seqlens, num_slots, deterministic)
     else:
-        items, first_item = module.plan(cache_seqlens, num_items)
-    return SplitPlan(items, first_item, call.batch, call.seqlen_q, call.num_heads, call.h_kv)
+        items, splits = module.plan(cache_seqlens, num_slots, deterministic)
+    return SplitPlan(items, splits, call.batch, call.seqlen_q, call.num_heads, call.h_kv, deterministic)
 
 
 def decode(
@@ -267,18 +284,18 @@ def decode(
     Lengths and table entries in use are not checked (that would make the host wait). Reads device memory only; no host
     sync; capturable in a CUDA graph. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
     """
-    items = first_item = None
+    items = splits = None
     if torch.compiler.is_compiling():
         if plan is not None:
-            items, first_item = plan.items, plan.first_item
+            items, splits = plan.items, plan.splits
         return torch.ops.flash_mla.decode.default(  # type: ignore[no-any-return]
-            q, kv_cache, block_table, cache_seqlens, items, first_item, kv_lora_rank, softmax_scale, causal, backend
+            q, kv_cache, block_table, cache_seqlens, items, splits, kv_lora_rank, softmax_scale, causal, backend
         )
     call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal)
     if plan is not None:
         plan.check(call)
-        items, first_item = plan.items, plan.first_item
-    return _decode(call, q, kv_cache, block_table, cache_seqlens, items, first_item, softmax_scale, backend)
+        items, splits = plan.items, plan.splits
+    return _decode(call, q, kv_cache, block_table, cache_seqlens, items, splits, softmax_scale, backend)
 
 
 def _decode(
@@ -288,18 +305,18 @@ def _decode(
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     items: torch.Tensor | None,
-    first_item: torch.Tensor | None,
+    splits: torch.Tensor | None,
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if (items is None) != (first_item is None):
-        raise ValueError("flash_mla.decode: a plan is items and first_item together, got only one of them")
-    if items is not None and first_item is not None:
-        check_plan(call, items, first_item)
+    if (items is None) != (splits is None):
+        raise ValueError("flash_mla.decode: a plan is items and splits together, got only one of them")
+    if items is not None and splits is not None:
+        check_plan(call, items, splits)
     name = _choose("decode", call, backend)
     _count_launch("decode", name)
     result: tuple[torch.Tensor, torch.Tensor] = BACKENDS[name].decode(
-        call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, first_item
+        call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits
     )
     return result
 
@@ -344,13 +361,13 @@ def _append(
 
 _library = torch.library.Library("flash_mla", "FRAGMENT")
 _library.define(
-    "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, Tensor? items, Tensor? first_item,"
+    "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, Tensor? items, Tensor? splits,"
     " int kv_lora_rank, float softmax_scale, bool causal, str? backend) -> (Tensor out, Tensor lse)"
 )
 _library.define(
     "append(Tensor(a!) kv_cache, Tensor latent, Tensor k_rope, Tensor slots, str? backend) -> ()",
 )
-_library.define("plan(Tensor cache_seqlens, int num_items) -> (Tensor items, Tensor first_item)")
+_library.define("plan(Tensor cache_seqlens, int num_slots, bool deterministic) -> (Tensor items, Tensor splits)")
 
 
 def _decode_op(
@@ -359,19 +376,20 @@ def _decode_op(
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     items: torch.Tensor | None,
-    first_item: torch.Tensor | None,
+    splits: torch.Tensor | None,
     kv_lora_rank: int,
     softmax_scale: float,
     causal: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal)
-    return _decode(call, q, kv_cache, block_table, cache_seqlens, items, first_item, softmax_scale, backend)
+    return _decode(call, q, kv_cache, block_table, cache_seqlens, items, splits, softmax_scale, backend)
 
 
-def _plan_op(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _plan_op(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    # The backends for GPUs make the same integers, so any of them serves whichever runs decode.
     module = BACKENDS["triton"] if cache_seqlens.device.type == "cuda" else torch_backend
-    result: tuple[torch.Tensor, torch.Tensor] = module.plan(cache_seqlens, num_items)
+    result: tuple[torch.Tensor, torch.Tensor] = module.plan(cache_seqlens, num_slots, deterministic)
     return result
 
 
@@ -381,7 +399,7 @@ def _decode_fake(
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     items: torch.Tensor | None,
-    first_item: torch.Tensor | None,
+    splits: torch.Tensor | None,
     kv_lora_rank: int,
     softmax_scale: float,
     causal: bool,
@@ -399,9 +417,10 @@ def _append_fake(
     return None
 
 
-def _plan_fake(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    items = cache_seqlens.new_empty((num_items, 4), dtype=torch.int32)
-    return items, cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32)
+def _plan_fake(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = cache_seqlens.shape[0]
+    items = cache_seqlens.new_empty((num_slots + batch, 4), dtype=torch.int32)
+    return items, cache_seqlens.new_empty((batch, 2), dtype=torch.int32)
 
 
 # CompositeExplicitAutograd: one implementation for every device; there is no gradient (decode is inference).

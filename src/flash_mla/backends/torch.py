@@ -6,9 +6,21 @@ from __future__ import annotations
 
 import torch
 
-from ..contract import PLAN_BLOCK, AppendCall, DecodeCall
+from ..contract import (
+    CUT_COST,
+    FIXED_UNITS,
+    ITEM_COST,
+    MAX_PARTS,
+    MIN_TAKE,
+    PLAN_BLOCK,
+    PLAN_CANDIDATES,
+    PLAN_WHOLE,
+    AppendCall,
+    DecodeCall,
+    check_slots,
+)
 
-__all__ = ["append", "append_refusals", "decode", "decode_refusals", "num_items", "plan"]
+__all__ = ["append", "append_refusals", "decode", "decode_refusals", "num_slots", "plan"]
 
 # Elements of gathered latents held at once: 2**26 fp32 elements are 256 MiB.
 GATHER_ELEMENTS = 2**26
@@ -24,38 +36,126 @@ def append_refusals(call: AppendCall) -> list[str]:
     return []
 
 
-def num_items(call: DecodeCall) -> int:
-    """One item per request: nothing is split here."""
-    return call.batch
+def num_slots(call: DecodeCall) -> int:
+    """A slot per request: nothing runs side by side here."""
+    return max(1, call.batch)
 
 
-def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deal `num_items` parts out to the requests so that the longest part is as short as possible.
+def plan(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deal the requests out to `num_slots` slots, in order, so that the fullest slot is as little full as possible.
+
+    A slot has room for `capacity` units. It takes whole requests, at units + ITEM_COST each, until the next one does
+    not fit; of that one it takes what fills it (if that is MIN_TAKE units at least), and the slots after it take the
+    rest. A piece of a cut request costs CUT_COST more. The capacity is the smallest of PLAN_CANDIDATES that suffices.
 
     Args:
-        cache_seqlens: int32 `[batch]`, tokens.
-        num_items: rows of the plan, >= batch.
-    Returns: items int32 `[num_items, 4]` and first_item int32 `[batch + 1]`, as in `contract.check_plan`.
-    Reads device memory only.
+        cache_seqlens: int32 `[batch]`, tokens; below 0 counts as 0.
+        num_slots: slots to deal out to, >= 1; for a deterministic plan `contract.fixed_slots(batch)` or more.
+        deterministic: cut every request by its own length alone, each part in a slot of its own.
+    Returns: items int32 `[num_slots + batch, 4]`, splits int32 `[batch, 2]`.
+        A row of items is (request, begin, end, next): units `[units * begin >> 30, units * end >> 30)` of the request
+        as long as it is when the plan is used, then the item in row `next`; -1 ends the slot. Row s < num_slots is the
+        first item of slot s; request r that begins in a slot after another one is in row num_slots + r. An unused row
+        is (-1, 0, 0, -1).
+        A row of splits is (slot of part 0, number of parts); parts p >= 1 are the first items of slots `slot + p`.
+        Part 0 of a cut request has its partial result at index num_slots + slot, part p >= 1 at slot + p: a slot ends
+        with at most one part 0 and begins with at most one later part, so 2 * num_slots partial results are enough.
+    The definition walks through the lengths on the host: the integers above are promised for CPU tensors. Lengths in
+    other memory are not read (it would make the host wait): every request stays whole, in the same layout, which is
+    all that this backend needs. Deterministic plans are the same everywhere.
     """
-    device, batch = cache_seqlens.device, cache_seqlens.shape[0]
+    batch = cache_seqlens.shape[0]
+    check_slots(batch, num_slots, deterministic)
+    if deterministic:
+        return _plan_fixed(cache_seqlens, num_slots)
+    if cache_seqlens.device.type != "cpu":
+        return _plan_whole(cache_seqlens, num_slots)
+    units = [(max(length, 0) + PLAN_BLOCK - 1) // PLAN_BLOCK for length in cache_seqlens.tolist()]
+    even_share = -(-(sum(units) + ITEM_COST * batch) // num_slots)
+    lowest = max(even_share, ITEM_COST + CUT_COST + MIN_TAKE)
+    candidates = (_walk(units, num_slots, lowest + candidate) for candidate in range(PLAN_CANDIDATES))
+    requests = next(pieces for pieces in candidates if pieces is not None)
+
+    items = [[-1, 0, 0, -1] for _ in range(num_slots + batch)]
+    splits = []
+    last_row = [-1] * num_slots  # of each slot, so far
+    for request, (first_slot, ends) in enumerate(requests):
+        splits.append([first_slot, len(ends)])
+        begin = 0
+        for slot, end in enumerate(ends, start=first_slot):
+            cut = PLAN_WHOLE if end == units[request] else -(-end * PLAN_WHOLE // units[request])
+            row = slot if last_row[slot] < 0 else num_slots + request
+            if last_row[slot] >= 0:
+                items[last_row[slot]][3] = row
+            items[row] = [request, begin, cut, -1]
+            last_row[slot] = row
+            begin = cut
+    return (
+        torch.tensor(items, dtype=torch.int32).reshape(num_slots + batch, 4),
+        torch.tensor(splits, dtype=torch.int32).reshape(batch, 2),
+    )
+
+
+def _walk(units: list[int], num_slots: int, capacity: int) -> list[tuple[int, list[int]]] | None:
+    """For each request the slot of its first part and the units at which its parts end; None if the slots run out."""
+    requests = []
+    slot, room = 0, capacity
+    for left in units:
+        first_slot, ends, taken = slot, [], 0
+        while left + ITEM_COST + (CUT_COST if ends else 0) > room:
+            take = room - ITEM_COST - CUT_COST
+            if take >= MIN_TAKE:
+                taken, left = taken + take, left - take
+                ends.append(taken)
+            slot, room = slot + 1, capacity
+            if slot == num_slots:
+                return None
+            if not ends:
+                first_slot = slot
+        room -= left + ITEM_COST + (CUT_COST if ends else 0)
+        requests.append((first_slot, [*ends, taken + left]))
+    return requests
+
+
+def _plan_whole(cache_seqlens: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every request whole, as many to each slot whatever their lengths; from the shape alone, on the device."""
+    batch = cache_seqlens.shape[0]
+    request = torch.arange(batch, device=cache_seqlens.device)
+    slot = request if batch <= num_slots else request * num_slots // batch
+    is_first = torch.ones_like(request, dtype=torch.bool)
+    is_first[1:] = slot[1:] != slot[:-1]
+    row = torch.where(is_first, slot, num_slots + request)
+    items = _unused_rows(cache_seqlens, num_slots)
+    following = torch.full_like(request, -1)
+    following[:-1] = torch.where(is_first[1:], -1, row[1:])
+    values = (request, torch.zeros_like(request), torch.full_like(request, PLAN_WHOLE), following)
+    items[row] = torch.stack(values, dim=1).to(torch.int32)
+    return items, torch.stack((slot, torch.ones_like(slot)), dim=1).to(torch.int32)
+
+
+def _plan_fixed(cache_seqlens: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part p of request r in slot r * MAX_PARTS + p: ceil(units / FIXED_UNITS) equal parts, at most MAX_PARTS."""
+    batch = cache_seqlens.shape[0]
     units = (cache_seqlens.clamp(min=0).long() + PLAN_BLOCK - 1) // PLAN_BLOCK
-    # Smallest number of units per part for which all parts fit, by bisection: 2**31 tokens are 2**25 units.
-    low = torch.zeros((), dtype=torch.int64, device=device)  # does not fit, or is zero
-    high = torch.full((), 2**25, dtype=torch.int64, device=device)  # one part each: always fits
-    for _ in range(25):
-        middle = (low + high) // 2
-        parts = ((units + middle.clamp(min=1) - 1) // middle.clamp(min=1)).clamp(min=1)
-        fits = (parts.sum() <= num_items) & (middle > 0)
-        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
-    parts = ((units + high - 1) // high).clamp(min=1)
-    first_item = torch.cat((parts.new_zeros(1), parts.cumsum(0)))
-    index = torch.arange(num_items, device=device)
-    request = torch.searchsorted(first_item[1:], index, right=True).clamp(max=batch - 1)
-    begin = first_item[request]
-    used = (index < first_item[-1]).unsqueeze(1)
-    items = torch.where(used, torch.stack((request, index - begin, parts[request], begin), dim=1), -1)
-    return items.to(torch.int32), first_item.to(torch.int32)
+    parts = ((units + FIXED_UNITS - 1) // FIXED_UNITS).clamp(1, MAX_PARTS)
+    edge = torch.arange(MAX_PARTS + 1, device=cache_seqlens.device)
+    some = units.clamp(min=1).unsqueeze(1)  # a request without tokens is one part, whose cut points need no units
+    cuts = (units.unsqueeze(1) * edge // parts.unsqueeze(1) * PLAN_WHOLE + some - 1) // some
+    cuts = torch.where(edge < parts.unsqueeze(1), cuts, PLAN_WHOLE)
+    request = torch.arange(batch, device=cache_seqlens.device)
+    columns = (request.unsqueeze(1).expand(-1, MAX_PARTS), cuts[:, :-1], cuts[:, 1:], torch.full_like(cuts[:, 1:], -1))
+    items = _unused_rows(cache_seqlens, num_slots)
+    rows = torch.stack(columns, dim=2).to(torch.int32)
+    is_part = (edge[:-1] < parts.unsqueeze(1)).unsqueeze(2)
+    unused = items[: batch * MAX_PARTS].unflatten(0, (batch, MAX_PARTS))
+    items[: batch * MAX_PARTS] = torch.where(is_part, rows, unused).flatten(0, 1)
+    return items, torch.stack((request * MAX_PARTS, parts), dim=1).to(torch.int32)
+
+
+def _unused_rows(cache_seqlens: torch.Tensor, num_slots: int) -> torch.Tensor:
+    items = torch.zeros((num_slots + cache_seqlens.shape[0], 4), dtype=torch.int32, device=cache_seqlens.device)
+    items[:, 0::3] = -1
+    return items
 
 
 def decode(
@@ -66,7 +166,7 @@ def decode(
     cache_seqlens: torch.Tensor,
     softmax_scale: float,
     items: torch.Tensor | None = None,
-    first_item: torch.Tensor | None = None,
+    splits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over gathered pages; scores, softmax and sums in fp32 (fp64 for fp64 input). Ignores a split plan.
 
