@@ -1,0 +1,1 @@
+"""Compiled Hopper (sm_90a) kernels, launched through the NVIDIA driver."""
