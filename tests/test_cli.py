@@ -14,16 +14,12 @@ from typer.testing import CliRunner
 from flash_mla import ops
 from flash_mla.backends import torch as definition
 from flash_mla.bench import generate as bench_generate
-from flash_mla.bench import kernel as bench_kernel
 from flash_mla.bench.shapes import NAMED
-from flash_mla.cli import app as cli_app
 from flash_mla.cli.app import app
 from flash_mla.cli.env import others_named_flash_mla
-from flash_mla.contract import UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-deepseek-v3"
-ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_decode.json"
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -108,67 +104,6 @@ def test_env_finds_what_else_is_called_flash_mla(tmp_path: Path) -> None:
     assert f"another package flash_mla: {site / 'flash_mla'}" in found
     assert any("flash_mla.abi3.so" in line for line in found)
     assert any("distribution flash_mla 1.0.0+9241ae3" in line for line in found)
-
-
-# --- bench kernel -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the refusal is for machines without one")
-def test_bench_kernel_refuses_without_a_gpu(tmp_path: Path) -> None:
-    assert "torch sees none here" in run("bench", "kernel", "--out", tmp_path, code=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[bench_kernel.DecodeShape]:
-    """A GPU that takes twice the floor, but runs out of memory at seqlen_q 2. Tells the shapes that it saw."""
-    seen: list[bench_kernel.DecodeShape] = []
-
-    def time_shape(
-        shape: bench_kernel.DecodeShape, dtype: torch.dtype, backend: str | None, cold: bool
-    ) -> bench_kernel.Result:
-        seen.append(shape)
-        if shape.seqlen_q == 2:
-            raise UnsupportedError("flash_mla.decode: no backend accepts this call")
-        work = bench_kernel.work_of(shape)
-        return bench_kernel.Result(shape, "triton", "bfloat16", 2 * work.floor_ms, None, work)
-
-    monkeypatch.setattr(bench_kernel, "time_shape", time_shape)
-    monkeypatch.setattr(cli_app, "_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return seen
-
-
-def test_bench_kernel_runs_every_anchor_and_shows_its_losses(
-    timed: list[bench_kernel.DecodeShape], tmp_path: Path
-) -> None:
-    text = run("bench", "kernel", "--anchors", ANCHORS, "--out", tmp_path, code=1)  # one shape failed: not a success
-    anchors = json.loads(ANCHORS.read_text())["shapes"]
-    assert len(timed) == len(anchors) == 14
-    report = only_report(tmp_path)
-    assert report["device"] == "a GPU"
-    assert list(report["not_measured"]) == ["b128 q2 k4096 h128 varlen"]
-    by_shape = {(row["batch"], row["seqlen_k"], row["num_heads"]): row for row in report["rows"]}
-    assert len(by_shape) == 13
-    row = by_shape[64, 32768, 16]  # 2 x floor = 1.125 ms, FlashMLA 0.5744 ms
-    assert row["best_anchor"] == "flashmla"
-    assert row["over_best"] == pytest.approx(2 * 0.5624 / 0.5744, rel=2e-3)
-    line = next(line for line in text.splitlines() if "b64 q1 k32768 h16" in line)
-    assert "1.96 slower" in line
-    # 2 x floor = 2.2 us, the best peer 13.5 us
-    assert "faster" in next(line for line in text.splitlines() if "b1 q1 k4096 h16" in line)
-    assert "geometric mean of time / floor over 13 shapes: 2.000" in text
-    assert "not measured: b128 q2" in text
-
-
-def test_bench_kernel_runs_one_shape_by_flags(timed: list[bench_kernel.DecodeShape], tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "one.json"
-    flags = ("--batch", 3, "--seqlen-k", 1000, "--num-heads", 20, "--kv-lora-rank", 256, "--qk-rope-head-dim", 32)
-    text = run("bench", "kernel", *flags, "--out", out)
-    assert timed == [bench_kernel.DecodeShape(3, 1, 1000, 20, False, 256, 32)]
-    assert "best" not in text
-    assert json.loads(out.read_text())["rows"][0]["seqlen_k"] == 1000
 
 
 # --- bench generate ---------------------------------------------------------------------------------------------------

@@ -1,214 +1,76 @@
-"""How long decode takes by shape, and how long it would take at the speed of the memory or of the tensor cores.
+"""How long decode takes by shape: backends in turns on the same inputs, and what the device does at best.
 
 A GPU only: on anything else a time says nothing about the kernel. Times are device times of whole calls (decode and
-its merge; the split plan is made once outside, as in a model with many layers), in milliseconds; bytes and FLOP are
-what the definition needs, each latent read once.
+its merge; the split plan is made once outside, as in a model with many layers), in milliseconds. What they are set
+against is in `figures`.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import random
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..contract import UnsupportedError
-from ..ops import SplitPlan, decode, plan_splits
+from ..ops import SplitPlan, backend_counts, decode, plan_splits
+from .check import WrongResultError, check_outputs
+from .figures import Ceilings, DecodeShape, Result, work_of
 
 __all__ = [
-    "SHAPES",
-    "Anchor",
-    "Ceilings",
-    "DecodeShape",
+    "CallGraph",
     "Inputs",
-    "Result",
-    "Work",
-    "compare",
-    "geometric_mean",
+    "Timing",
+    "calls_in_turns",
+    "in_turns",
     "make_inputs",
     "measure_ceilings",
-    "read_anchors",
     "time_cold",
-    "time_graph",
     "time_shape",
-    "work_of",
 ]
 
 # Bytes that the rotating page sets hold together at least: four times the L2 of an H200 (60 MB).
 ROTATION_BYTES = 240 * 10**6
 # Bytes written between two cold calls; four times the same L2.
 FLUSH_BYTES = 240 * 10**6
-# What the floor divides by unless told otherwise: an H200's copy bandwidth and matrix rate, as the anchors' floors do.
-FLOOR_BYTES_PER_S = 4.3e12
-FLOOR_FLOP_PER_S = 790e12
+# Calls and milliseconds that a graph has at least, so that its own start (about 2 µs) is lost among them, and
+# milliseconds beyond which calls are not repeated, so that a burst has replays enough for a median.
+GRAPH_CALLS, GRAPH_MS, GRAPH_MAX_MS = 8, 0.5, 4.0
 
 
 @dataclass(frozen=True)
-class DecodeShape:
-    """One decode call: `batch` requests of about `seqlen_k` cached tokens, causal when `seqlen_q` > 1."""
-
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    num_heads: int
-    varlen: bool = False
-    kv_lora_rank: int = 512
-    qk_rope_head_dim: int = 64
-    block_size: int = 64
-
-    @property
-    def name(self) -> str:
-        """Short and unique among the shapes of one table."""
-        suffix = " varlen" if self.varlen else ""
-        return f"b{self.batch} q{self.seqlen_q} k{self.seqlen_k} h{self.num_heads}{suffix}"
-
-    def lengths(self) -> list[int]:
-        """Tokens per request; varlen: normal around `seqlen_k`, half of it as deviation, seeded by shape."""
-        if not self.varlen:
-            return [self.seqlen_k] * self.batch
-        draw = random.Random(self.batch * 131 + self.seqlen_q * 17 + self.seqlen_k + self.num_heads)
-        return [
-            int(max(draw.normalvariate(self.seqlen_k, self.seqlen_k / 2), self.seqlen_q)) for _ in range(self.batch)
-        ]
-
-
-# From one short request (latency) to what fills the device for milliseconds: bound by memory, and by the tensor cores.
-SHAPES = (
-    DecodeShape(1, 1, 4096, 16),
-    DecodeShape(1, 1, 65536, 16),
-    DecodeShape(1, 1, 65536, 128),
-    DecodeShape(4, 1, 16384, 128),
-    DecodeShape(16, 1, 4096, 16),
-    DecodeShape(32, 1, 8192, 32),
-    DecodeShape(64, 1, 32768, 16),
-    DecodeShape(128, 1, 1024, 128),
-    DecodeShape(128, 1, 4096, 128, varlen=True),
-    DecodeShape(128, 1, 32768, 128),
-    DecodeShape(128, 2, 4096, 128, varlen=True),
-    DecodeShape(132, 1, 4096, 64),
-    DecodeShape(132, 1, 16384, 128),
-    DecodeShape(256, 1, 4096, 32),
-)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call must move and compute.
+class Timing:
+    """How a figure is made.
 
     Attributes:
-        bytes: latents, queries and outputs once each.
-        flop: 2 per multiply-add of the attended (query, key) pairs, d_qk for the score and kv_lora_rank for the value.
-        floor_ms: the longer of the two at the speed of the device.
+        rounds: bursts per backend; the figure is the median of their medians.
+        burst_s: device time of a burst. Short, because a hot device lowers its clocks.
+        pause_s: idle time before each burst, so that a figure does not depend on what ran before it.
+        sustained_s: device time of one more, long burst; 0: none.
+        cold: also time single calls after an L2 flush.
     """
 
-    bytes: int
-    flop: int
-    floor_ms: float
-
-    @property
-    def bound(self) -> str:
-        """Which of the two the floor is made of."""
-        return "mem" if math.isclose(self.floor_ms, self.bytes / FLOOR_BYTES_PER_S * 1e3) else "flop"
+    rounds: int = 4
+    burst_s: float = 0.08
+    pause_s: float = 0.1
+    sustained_s: float = 0.0
+    cold: bool = True
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A shape's tensors: several page sets in one pool, each with queries of its own, and one plan for all."""
+    """A shape's tensors: several page sets in one pool, each with queries of its own."""
 
     q: list[torch.Tensor]
     kv_cache: torch.Tensor
     block_table: list[torch.Tensor]
     cache_seqlens: torch.Tensor
-    plan: SplitPlan
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device does at best, measured beside the kernels."""
-
-    copy_TBps: float
-    read_TBps: float
-    matmul_bf16_TFLOPs: float
-    graph_node_us: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One measured shape."""
-
-    shape: DecodeShape
-    backend: str
-    dtype: str
-    graph_ms: float
-    cold_ms: float | None
-    work: Work
-
-    @property
-    def gigabytes_per_s(self) -> float:
-        """Rate at which the needed bytes went by."""
-        return self.work.bytes / self.graph_ms / 1e6
-
-    @property
-    def teraflop_per_s(self) -> float:
-        """Rate at which the needed FLOP went by."""
-        return self.work.flop / self.graph_ms / 1e9
-
-    @property
-    def over_floor(self) -> float:
-        """Time over the floor; 1.0 cannot be beaten."""
-        return self.graph_ms / self.work.floor_ms
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return {
-            **asdict(self.shape),
-            "backend": self.backend,
-            "dtype": self.dtype,
-            "graph_ms": round(self.graph_ms, 5),
-            "cold_ms": None if self.cold_ms is None else round(self.cold_ms, 5),
-            "GBps": round(self.gigabytes_per_s, 1),
-            "TFLOPs": round(self.teraflop_per_s, 1),
-            "floor_ms": round(self.work.floor_ms, 5),
-            "bound": self.work.bound,
-            "over_floor": round(self.over_floor, 3),
-        }
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What others need for a shape: milliseconds by name of the implementation."""
-
-    floor_ms: float
-    graph_ms: dict[str, float]
-
-    @property
-    def best(self) -> tuple[str, float]:
-        """The fastest of them."""
-        name = min(self.graph_ms, key=self.graph_ms.__getitem__)
-        return name, self.graph_ms[name]
-
-
-def work_of(
-    shape: DecodeShape,
-    itemsize: int = 2,
-    bytes_per_s: float = FLOOR_BYTES_PER_S,
-    flop_per_s: float = FLOOR_FLOP_PER_S,
-) -> Work:
-    """Bytes, FLOP and floor of one call; `itemsize` is that of the dtype, in bytes."""
-    lengths = shape.lengths()
-    d_qk = shape.kv_lora_rank + shape.qk_rope_head_dim
-    rows = shape.batch * shape.seqlen_q * shape.num_heads
-    num_bytes = (sum(lengths) * d_qk + rows * (d_qk + shape.kv_lora_rank)) * itemsize
-    # Query j of seqlen_q sees `length - (seqlen_q - 1 - j)` keys.
-    pairs = sum(max(length - late, 0) for length in lengths for late in range(shape.seqlen_q))
-    flop = pairs * shape.num_heads * 2 * (d_qk + shape.kv_lora_rank)
-    return Work(num_bytes, flop, max(num_bytes / bytes_per_s, flop / flop_per_s) * 1e3)
 
 
 def _device() -> torch.device:
@@ -218,18 +80,17 @@ def _device() -> torch.device:
 
 
 def make_inputs(
-    shape: DecodeShape, dtype: torch.dtype = torch.bfloat16, backend: str | None = None, seed: int = 0
+    shape: DecodeShape, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None, seed: int = 0
 ) -> Inputs:
     """Random queries and pages of a shape, in as many page sets as it takes to be out of L2 each time."""
-    device = _device()
+    device = device or _device()
     generator = torch.Generator(device=device).manual_seed(seed)
     lengths = shape.lengths()
-    d_qk = shape.kv_lora_rank + shape.qk_rope_head_dim
     pages = [-(-length // shape.block_size) for length in lengths]
-    set_bytes = sum(pages) * shape.block_size * d_qk * dtype.itemsize
+    set_bytes = sum(pages) * shape.block_size * shape.d_qk * dtype.itemsize
     num_sets = max(2, -(-ROTATION_BYTES // set_bytes))
     num_blocks = num_sets * sum(pages)
-    kv_cache = torch.empty((num_blocks, shape.block_size, 1, d_qk), dtype=dtype, device=device)
+    kv_cache = torch.empty((num_blocks, shape.block_size, 1, shape.d_qk), dtype=dtype, device=device)
     kv_cache.normal_(generator=generator)
     order = torch.randperm(num_blocks, generator=generator, device=device).to(torch.int32)
     begins = [0]
@@ -242,51 +103,74 @@ def make_inputs(
         for request, count in enumerate(pages):
             table[request, :count] = own[begins[request] : begins[request] + count]
         tables.append(table)
-        q = torch.empty((shape.batch, shape.seqlen_q, shape.num_heads, d_qk), dtype=dtype, device=device)
+        q = torch.empty((shape.batch, shape.seqlen_q, shape.num_heads, shape.d_qk), dtype=dtype, device=device)
         queries.append(q.normal_(generator=generator))
-    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    plan = plan_splits(queries[0], kv_cache, tables[0], cache_seqlens, kv_lora_rank=shape.kv_lora_rank, backend=backend)
-    return Inputs(queries, kv_cache, tables, cache_seqlens, plan)
+    return Inputs(queries, kv_cache, tables, torch.tensor(lengths, dtype=torch.int32, device=device))
 
 
-def _calls(shape: DecodeShape, inputs: Inputs, backend: str | None) -> list[Callable[[], Any]]:
-    softmax_scale = (shape.kv_lora_rank // 4 + shape.qk_rope_head_dim) ** -0.5
-
-    def call(index: int) -> Callable[[], Any]:
+def _calls(
+    shape: DecodeShape, inputs: Inputs, plan: SplitPlan, backend: str | None
+) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
+    def call(index: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         return lambda: decode(
             inputs.q[index],
             inputs.kv_cache,
             inputs.block_table[index],
             inputs.cache_seqlens,
             kv_lora_rank=shape.kv_lora_rank,
-            softmax_scale=softmax_scale,
-            plan=inputs.plan,
+            softmax_scale=shape.softmax_scale,
+            plan=plan,
             backend=backend,
         )
 
     return [call(index) for index in range(len(inputs.q))]
 
 
-def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.3) -> float:
-    """Milliseconds per call: median replay of a CUDA graph that makes all the calls, over their number.
+def calls_in_turns(num_sets: int, turn_ms: float) -> int:
+    """How many turns over the page sets a graph makes; `turn_ms` is the device time of one."""
+    wanted = max(math.ceil(GRAPH_CALLS / num_sets), math.ceil(GRAPH_MS / turn_ms))
+    return max(1, min(wanted, int(GRAPH_MAX_MS / turn_ms)))
+
+
+class CallGraph:
+    """A CUDA graph of calls in order, each on a page set of its own, to be replayed in bursts.
 
     Args:
-        calls: one per page set; they are repeated until a graph holds 8 or more.
-        seconds: device time to spend, roughly.
+        calls: one per page set; they are repeated as `calls_in_turns` says.
     """
-    calls = calls * -(-8 // len(calls)) if len(calls) < 8 else calls
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = _graph_of(calls)
-    graph.replay()
-    first = _timed(graph.replay)
-    times = [_timed(graph.replay) for _ in range(max(7, min(200, int(seconds * 1e3 / max(first, 1e-3)))))]
-    return statistics.median(times) / len(calls)
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._capture(calls)
+        turns = calls_in_turns(len(calls), self.replay_ms)
+        if turns > 1:
+            self._capture([*calls] * turns)
+
+    def _capture(self, calls: Sequence[Callable[[], Any]]) -> None:
+        self.num_calls = len(calls)
+        self.graph = _graph_of(calls)
+        self.graph.replay()
+        self.replay_ms = max(_timed(self.graph.replay), 1e-3)
+
+    def burst(self, seconds: float) -> float:
+        """Milliseconds per call: median replay of about `seconds` of them, queued without waiting for any."""
+        replays = max(3, round(seconds * 1e3 / self.replay_ms))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        # The first replay after a pause finds an idle device and lets the host get ahead of it.
+        self.graph.replay()
+        events[0].record()
+        for event in events[1:]:
+            self.graph.replay()
+            event.record()
+        events[-1].synchronize()
+        times: list[float] = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
+        return statistics.median(times) / self.num_calls
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -298,7 +182,7 @@ def _timed(work: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+def _graph_of(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -306,7 +190,18 @@ def _graph_of(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_cold(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
+def in_turns(bursts: Mapping[str, Callable[[], float]], rounds: int, pause_s: float = 0.0) -> dict[str, list[float]]:
+    """`rounds` figures of each, one after the other in turns, every second round backwards: a device that warms up or
+    changes its clocks meanwhile does so to all of them."""
+    figures: dict[str, list[float]] = {name: [] for name in bursts}
+    for number in range(rounds):
+        for name in list(bursts)[:: -1 if number % 2 else 1]:
+            time.sleep(pause_s)
+            figures[name].append(bursts[name]())
+    return figures
+
+
+def time_cold(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> float:
     """Milliseconds of one call whose data is not in L2: median over `rounds`, each after a flush."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=_device())
     # A graph of its own each: a call of several launches would be timed with the host's gaps between them.
@@ -320,73 +215,125 @@ def time_cold(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
     return statistics.median(times)
 
 
+@dataclass
+class _Variant:
+    """One backend on one shape, planned, compiled, perhaps checked, and captured."""
+
+    backend: str
+    calls: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+    graph: CallGraph
+    error_over_plain: float | None
+
+
+def _prepare(
+    shape: DecodeShape, inputs: Inputs, backend: str | None, check: bool | None, deterministic: bool
+) -> _Variant:
+    options: dict[str, Any] = {"deterministic": True} if deterministic else {}
+    plan = plan_splits(
+        inputs.q[0],
+        inputs.kv_cache,
+        inputs.block_table[0],
+        inputs.cache_seqlens,
+        kv_lora_rank=shape.kv_lora_rank,
+        backend=backend,
+        **options,
+    )
+    calls = _calls(shape, inputs, plan, backend)
+    before = backend_counts()
+    out, _ = calls[0]()  # compiles
+    ran = next(key[1] for key, count in backend_counts().items() if key[0] == "decode" and count > before.get(key, 0))
+    error = None
+    if check or (check is None and ran == "cuda"):
+        error = check_outputs(
+            out,
+            inputs.q[0],
+            inputs.kv_cache,
+            inputs.block_table[0],
+            shape.lengths(),
+            kv_lora_rank=shape.kv_lora_rank,
+            softmax_scale=shape.softmax_scale,
+        )
+    return _Variant(ran, calls, CallGraph(calls), error)
+
+
 def time_shape(
     shape: DecodeShape,
+    backends: Sequence[str | None] = (None,),
     dtype: torch.dtype = torch.bfloat16,
-    backend: str | None = "triton",
-    cold: bool = True,
-    seconds: float = 0.3,
-) -> Result:
-    """Build a shape's inputs and time it, in a graph and cold."""
-    inputs = make_inputs(shape, dtype, backend)
-    calls = _calls(shape, inputs, backend)
-    calls[0]()  # compiles
-    graph_ms = time_graph(calls, seconds)
-    cold_ms = time_cold(calls) if cold else None
-    work = work_of(shape, dtype.itemsize)
-    return Result(shape, backend or "auto", str(dtype).removeprefix("torch."), graph_ms, cold_ms, work)
+    timing: Timing | None = None,
+    check: bool | None = None,
+    deterministic: bool = False,
+) -> tuple[list[Result], dict[str, str]]:
+    """Build a shape's inputs and time backends on them in turns.
+
+    Args:
+        backends: names; None: the first that accepts.
+        timing: None: the defaults.
+        check: compare a few requests with fp64 first; None: those of backend "cuda".
+        deterministic: plan so that the same inputs give the same bits.
+    Returns: results in the order of `backends`; by name of shape and backend, why there is none: no backend accepts,
+        memory does not suffice, or the result was wrong.
+    """
+    timing = timing or Timing()
+    inputs = make_inputs(shape, dtype)
+    variants: dict[str, _Variant] = {}
+    failed: dict[str, str] = {}
+    for backend in backends:
+        name = backend or "auto"
+        try:
+            variants[name] = _prepare(shape, inputs, backend, check, deterministic)
+        except (UnsupportedError, WrongResultError, torch.OutOfMemoryError) as error:
+            failed[f"{shape.name}, {name}"] = str(error)
+
+    bursts = {name: partial(variant.graph.burst, timing.burst_s) for name, variant in variants.items()}
+    rounds = in_turns(bursts, timing.rounds, timing.pause_s)
+    cold = {name: time_cold(variant.calls) for name, variant in variants.items() if timing.cold}
+    # Last: it leaves a hot device behind.
+    long = {name: partial(variant.graph.burst, timing.sustained_s) for name, variant in variants.items()}
+    sustained = in_turns(long, 1, timing.pause_s) if timing.sustained_s > 0 else {}
+    results = [
+        Result(
+            shape,
+            variant.backend,
+            str(dtype).removeprefix("torch."),
+            statistics.median(rounds[name]),
+            cold.get(name),
+            work_of(shape, dtype.itemsize),
+            tuple(rounds[name]),
+            sustained[name][0] if sustained else None,
+            variant.error_over_plain,
+        )
+        for name, variant in variants.items()
+    ]
+    return results, failed
 
 
-def measure_ceilings() -> Ceilings:
+def measure_ceilings(timing: Timing | None = None) -> Ceilings:
     """Copy and read bandwidth (bytes moved over time), a large bf16 matrix product, an almost empty graph node."""
+    timing = timing or Timing()
     device = _device()
     source = torch.empty(2**29, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    # The faster of the driver's copy and a kernel's; each short, because a hot device lowers its clocks.
-    copies = [lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target)]
-    copy_ms = min(time_graph([copy], 0.05) for copy in copies)
     rows = source.view(2**14, 2**15).view(torch.float32)
-    read_ms = min(time_graph([read], 0.05) for read in (lambda: rows.sum(1), lambda: source.sum(dtype=torch.int32)))
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    matmul_ms = time_graph([lambda: a @ b], 0.05)
-    dot = torch.zeros(1, device=device)
-    node_ms = time_graph([dot.zero_] * 256)
+    one = torch.zeros(1, device=device)
+    # Two ways to copy and to read: the driver's and a kernel's, by rows and as a whole. The faster counts.
+    graphs = {
+        "copy by driver": CallGraph([lambda: target.copy_(source)]),
+        "copy by kernel": CallGraph([lambda: torch.bitwise_not(source, out=target)]),
+        "read rows": CallGraph([lambda: rows.sum(1)]),
+        "read all": CallGraph([lambda: source.sum(dtype=torch.int32)]),
+        "matmul": CallGraph([lambda: a @ b]),
+        "node": CallGraph([one.zero_] * 256),
+    }
+    bursts = {name: partial(graph.burst, timing.burst_s) for name, graph in graphs.items()}
+    rounds = in_turns(bursts, timing.rounds, timing.pause_s)
+    ms = {name: statistics.median(figures) for name, figures in rounds.items()}
     num_bytes = source.numel() * source.itemsize
     return Ceilings(
-        copy_TBps=round(2 * num_bytes / copy_ms / 1e9, 3),
-        read_TBps=round(num_bytes / read_ms / 1e9, 3),
-        matmul_bf16_TFLOPs=round(2 * size**3 / matmul_ms / 1e9, 1),
-        graph_node_us=round(node_ms * 1e3, 3),
+        copy_TBps=round(2 * num_bytes / min(ms["copy by driver"], ms["copy by kernel"]) / 1e9, 3),
+        read_TBps=round(num_bytes / min(ms["read rows"], ms["read all"]) / 1e9, 3),
+        matmul_bf16_TFLOPs=round(2 * size**3 / ms["matmul"] / 1e9, 1),
+        graph_node_us=round(ms["node"] * 1e3, 3),
     )
-
-
-def read_anchors(path: str | Path) -> dict[tuple[int, int, int, int, bool], Anchor]:
-    """Anchors of a JSON file by (batch, seqlen_q, seqlen_k, num_heads, varlen)."""
-    content = json.loads(Path(path).read_text())
-    return {
-        (row["batch"], row["seqlen_q"], row["seqlen_k"], row["num_heads"], row["varlen"]): Anchor(
-            row["floor_ms"], {name: times["graph_ms"] for name, times in row["peers"].items()}
-        )
-        for row in content["shapes"]
-    }
-
-
-def compare(results: list[Result], anchors: dict[tuple[int, int, int, int, bool], Anchor]) -> list[dict[str, Any]]:
-    """Each result as plain values, with the fastest anchor of its shape and the anchors' Triton kernel."""
-    rows = []
-    for result in results:
-        shape = result.shape
-        row = result.as_dict()
-        anchor = anchors.get((shape.batch, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.varlen))
-        if anchor is not None:
-            name, best_ms = anchor.best
-            row |= {"best_anchor": name, "best_anchor_ms": best_ms, "over_best": round(result.graph_ms / best_ms, 3)}
-            row["anchor_triton_ms"] = anchor.graph_ms.get("triton")
-        rows.append(row)
-    return rows
-
-
-def geometric_mean(results: list[Result]) -> float:
-    """Geometric mean of time over floor."""
-    return math.exp(statistics.fmean(math.log(result.over_floor) for result in results))

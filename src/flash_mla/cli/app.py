@@ -13,8 +13,6 @@ import torch
 import typer
 from rich.console import Console
 
-from ..contract import UnsupportedError
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
 app.add_typer(bench, name="bench")
@@ -67,53 +65,95 @@ def kernel(
         Path | None, typer.Option(exists=True, dir_okay=False, help="What others need, to compare with.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    backend: Annotated[str | None, typer.Option(help="Default: the first that accepts.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Names with commas between, measured in turns. Default: the first that accepts.")
+    ] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Plan for equal bits run to run.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Bursts per backend; the figure is their median.")] = 4,
+    burst: Annotated[float, typer.Option(min=0.001, help="Seconds of a burst.")] = 0.08,
+    pause: Annotated[float, typer.Option(min=0, help="Idle seconds before each burst.")] = 0.1,
+    sustained: Annotated[float, typer.Option(min=0, help="Also one burst of so many seconds; 0: none.")] = 0,
     cold: Annotated[bool, typer.Option(help="Also time single calls after an L2 flush.")] = True,
-    ceilings: Annotated[bool, typer.Option(help="Also measure copy, read and matmul rates.")] = False,
+    ceilings: Annotated[bool, typer.Option(help="Measure copy, read and matmul rates in the same run.")] = True,
+    check: Annotated[
+        bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
     """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
     from ..bench import kernel as bench_kernel
+    from ..bench.figures import SHAPES, DecodeShape, compare, read_anchors, summarize
     from ..bench.report import machine, write_report
-    from .tables import kernel_summary, kernel_table
+    from .tables import class_table, kernel_table, losses
 
-    known = bench_kernel.read_anchors(anchors) if anchors is not None else {}
+    known = read_anchors(anchors) if anchors is not None else None
     if batch is not None:
-        one = bench_kernel.DecodeShape(
-            batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size
-        )
+        one = DecodeShape(batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size)
         shapes = [one]
     else:
-        shapes = [bench_kernel.DecodeShape(*key) for key in known] or list(bench_kernel.SHAPES)
-    kind, where = _dtype(dtype, None), _device(None)
+        shapes = [DecodeShape(*key) for key in known.by_shape] if known is not None else list(SHAPES)
+    kind, names = _dtype(dtype, None), _backends(backend)
+    where = _device(None)
     if where.type != "cuda":
         _stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
-    results, failed = [], {}
-    for shape in shapes:
-        try:
-            results.append(bench_kernel.time_shape(shape, kind, backend, cold))
-        except (UnsupportedError, torch.OutOfMemoryError) as error:
-            failed[shape.name] = str(error)
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
-    rows = bench_kernel.compare(results, known)
+    timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
     head = machine(where)
+    at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+    results, failed = [], dict[str, str]()
+    for shape in shapes:
+        torch.cuda.empty_cache()
+        try:
+            measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
+        except torch.OutOfMemoryError as error:
+            measured, refused = [], {shape.name: str(error)}
+        results += measured
+        failed |= refused
+        # As it comes: a later shape may end the process.
+        for result in measured:
+            typer.echo(f"{shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
+    rows = compare(results, known, at_best)
+    summary = summarize(rows)
     console.print(kernel_table(rows, head["device"]))
-    typer.echo(kernel_summary(rows, results))
+    if len(shapes) > 1:
+        console.print(class_table(summary))
+    for line in losses(rows):
+        typer.echo(line)
+    if at_best is not None:
+        typer.echo(
+            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
+            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
+        )
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
         **head,
         "what": "ops.decode by shape; method: flash_mla.bench.kernel",
-        "ceilings": asdict(bench_kernel.measure_ceilings()) if ceilings else None,
+        "timing": {**asdict(timing), "deterministic": deterministic},
+        "ceilings": None if at_best is None else asdict(at_best),
         "anchors": str(anchors) if anchors is not None else None,
+        "anchor_ceilings": asdict(known.ceilings) if known is not None and known.ceilings is not None else None,
         "rows": rows,
+        "summary": summary,
         "not_measured": failed,
     }
     stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
     typer.echo(f"wrote {write_report(out, stem, report)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _backends(names: str | None) -> list[str | None]:
+    from ..ops import BACKENDS
+
+    if names is None:
+        return [None]
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in BACKENDS:
+            raise typer.BadParameter(f"no such backend: {name!r}; have {', '.join(BACKENDS)}", param_hint="--backend")
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter(f"the same backend twice: {names}", param_hint="--backend")
+    return [*chosen]
 
 
 def _stop(message: str) -> None:

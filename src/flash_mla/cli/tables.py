@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..bench.figures import FLAGGED
+
 if TYPE_CHECKING:
     from ..bench.generate import GenerateResult, LayerResult
-    from ..bench.kernel import Result
 
-__all__ = ["generate_table", "kernel_summary", "kernel_table", "layer_table", "ran"]
+__all__ = ["class_table", "generate_table", "kernel_table", "layer_table", "losses", "ran"]
 
 
 def _table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < text_columns else "right")
+        table.add_column(name, justify="left" if number < text_columns else "right", no_wrap=number == 0)
     return table
 
 
@@ -68,37 +69,83 @@ def _shape(row: dict[str, Any]) -> str:
     return f"b{row['batch']} q{row['seqlen_q']} k{row['seqlen_k']} h{row['num_heads']}{' varlen' * row['varlen']}"
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(row: dict[str, Any]) -> float:
+    """Ours over the best anchor: of products with the ceilings where both are known, else of times."""
+    return float(row["over_best_scaled"] if "over_best_scaled" in row else row["over_best"])
+
+
 def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
-    """Measured decode shapes from `bench.kernel.compare`: a ratio above 1 to the best anchor is a loss and says so."""
+    """Measured decode shapes from `bench.figures.compare`: a ratio above 1 to the best anchor is a loss and says so."""
     compared = any("over_best" in row for row in rows)
-    columns = ("shape", "ms", "cold ms", "GB/s", "TFLOP/s", "x floor", *(("best", "best ms", "/ best") * compared))
-    table = _table(f"decode, {rows[0]['dtype'] if rows else ''}, {device}", columns, 1)
+    scaled = any("over_best_scaled" in row for row in rows)
+    sustained = any(row["sustained_ms"] is not None for row in rows)
+    columns = (
+        "shape",
+        "backend",
+        "ms",
+        "spread %",
+        *(("long ms",) * sustained),
+        "cold ms",
+        "GB/s",
+        "TFLOP/s",
+        "x floor",
+    )
+    columns += ("% floor", *(("best", "best ms", "/ best") * compared), *(("scaled",) * scaled))
+    table = _table(f"decode, {rows[0]['dtype'] if rows else ''}, {device}", columns, 2)
     for row in rows:
         cells = [
             _shape(row),
+            row["backend"],
             f"{row['graph_ms']:.4f}",
-            "-" if row["cold_ms"] is None else f"{row['cold_ms']:.4f}",
+            _number(None if row["spread"] is None else row["spread"] * 100, 1),
+            *([_number(row["sustained_ms"], 4)] * sustained),
+            _number(row["cold_ms"], 4),
             f"{row['GBps']:.0f}",
             f"{row['TFLOPs']:.0f}",
             f"{row['over_floor']:.2f}",
+            f"{row['percent_of_floor']:.0f}",
         ]
-        if compared and "over_best" in row:
-            verdict = "slower" if row["over_best"] > 1 else "faster"
-            cells += [row["best_anchor"], f"{row['best_anchor_ms']:.4f}", f"{row['over_best']:.2f} {verdict}"]
+        if "over_best" in row:
+            cells += [row["best_anchor"], f"{row['best_anchor_ms']:.4f}", f"{row['over_best']:.2f}"]
+            cells += [_number(row.get("over_best_scaled"), 2)] * scaled
+            ratio = _ratio(row)
+            cells[-1] += " SLOWER" if ratio > FLAGGED else " slower" if ratio > 1 else " faster"
         table.add_row(*cells)
+    if compared:
+        times = "times x the ceilings of their runs" if scaled else "times"
+        table.caption = f"faster or slower: by {times}; SLOWER: more than {FLAGGED - 1:.0%}"
     return table
 
 
-def kernel_summary(rows: list[dict[str, Any]], results: list[Result]) -> str:
-    """Geometric mean over the floor, and how many shapes are won and lost against the best anchor."""
-    from ..bench.kernel import geometric_mean
+def class_table(summary: list[dict[str, Any]]) -> Table:
+    """Geometric means from `bench.figures.summarize`; those of the anchors over the same shapes."""
+    columns = ("class", "backend", "shapes", "x floor", "best anchor, x floor", "/ best", "scaled")
+    table = _table("geometric means", columns, 2)
+    for entry in summary:
+        table.add_row(
+            entry["class"],
+            entry["backend"],
+            str(entry["shapes"]) + f" ({entry['anchored']} anchored)" * (0 < entry["anchored"] < entry["shapes"]),
+            _number(entry["over_floor"], 3),
+            _number(entry["best_anchor_over_floor"], 3),
+            _number(entry["over_best"], 3),
+            _number(entry["over_best_scaled"], 3),
+        )
+    return table
 
-    if not rows:
-        return "nothing measured"
-    text = f"geometric mean of time / floor over {len(results)} shapes: {geometric_mean(results):.3f}"
-    ratios = {_shape(row): row["over_best"] for row in rows if "over_best" in row}
-    if ratios:
+
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per backend: how many shapes are won and which are lost against the best anchor."""
+    lines = []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        ratios = {_shape(row): _ratio(row) for row in rows if row["backend"] == backend and "over_best" in row}
+        if not ratios:
+            continue
         lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio > 1]
-        text += f"\nagainst the best anchor: {len(ratios) - len(lost)} of {len(ratios)} shapes faster"
-        text += f"; slower: {', '.join(lost)}" if lost else ""
-    return text
+        text = f"{backend} against the best anchor: {len(ratios) - len(lost)} of {len(ratios)} shapes faster"
+        lines.append(text + (f"; slower: {', '.join(lost)}" if lost else ""))
+    return lines

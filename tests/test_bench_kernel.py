@@ -1,0 +1,512 @@
+"""`flash-mla bench kernel`: its arithmetic and its command on any machine, its clocks on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import needs_gpu
+from typer.testing import CliRunner
+
+from flash_mla import ops
+from flash_mla.bench import check, figures
+from flash_mla.bench import kernel as bench_kernel
+from flash_mla.bench.figures import CLASSES, SHAPES, Ceilings, DecodeShape, Result, compare, read_anchors, work_of
+from flash_mla.cli import app as cli_app
+from flash_mla.cli.app import app
+from flash_mla.contract import UnsupportedError
+
+ROOT = Path(__file__).resolve().parents[1]
+ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_decode.json"
+CEILINGS = Ceilings(copy_TBps=4.0, read_TBps=4.0, matmul_bf16_TFLOPs=700.0, graph_node_us=1.0)
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", "kernel", *(str(argument) for argument in arguments)])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output
+
+
+def result(shape: DecodeShape, factor: float = 2.0, backend: str = "triton") -> Result:
+    """A shape that takes `factor` times its floor."""
+    work = work_of(shape)
+    ms = factor * work.floor_ms
+    return Result(shape, backend, "bfloat16", ms, None, work, (ms, ms))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_work_counts_each_latent_once_and_causal_pairs() -> None:
+    shape = DecodeShape(3, 2, 100, 16)
+    work = work_of(shape)
+    assert work.bytes == (3 * 100 * 576 + 3 * 2 * 16 * (576 + 512)) * 2
+    assert work.flop == 3 * (100 + 99) * 16 * 2 * (576 + 512)
+    assert work_of(shape, itemsize=4).bytes == 2 * work.bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_floors_are_those_of_the_anchors(shape: DecodeShape) -> None:
+    anchors = read_anchors(ANCHORS)
+    (row,) = (
+        row
+        for row in json.loads(ANCHORS.read_text())["shapes"]
+        if all(row[key] == value for key, value in dataclasses.asdict(shape).items() if key in row)
+    )
+    anchor = anchors.of(shape)
+    assert anchor is not None
+    assert work_of(shape).floor_ms == pytest.approx(anchor.floor_ms, abs=5.1e-5)
+    assert work_of(shape).bound == row["bound"]
+
+
+def test_public_shapes_fall_into_three_classes() -> None:
+    classes = [figures.class_of(shape.batch, shape.seqlen_q, shape.num_heads) for shape in SHAPES]
+    assert [classes.count(name) for name in CLASSES] == [4, 5, 5, 0]
+    assert figures.class_of(5, 4, 16) == CLASSES[1]  # 64 rows
+    assert figures.class_of(5, 8, 16) == CLASSES[2]  # 128 rows
+    assert figures.class_of(4, 8, 16) == CLASSES[0]
+    assert figures.class_of(5, 1, 8) == figures.class_of(5, 1, 96) == CLASSES[3]
+
+
+def test_spread_is_over_the_median() -> None:
+    assert figures.spread([1.0, 4.0, 2.0]) == 1.5
+    assert figures.spread([3.0]) == 0
+
+
+def test_scaled_ratio_uses_the_ceiling_that_bounds_the_shape() -> None:
+    memory, compute = DecodeShape(64, 1, 32768, 16), DecodeShape(132, 1, 16384, 128)
+    first, second = compare([result(memory), result(compute)], read_anchors(ANCHORS), CEILINGS)
+    assert (first["bound"], second["bound"]) == ("mem", "flop")
+    assert first["product"] == pytest.approx(2 * work_of(memory).floor_ms * 4.0, rel=1e-3)
+    assert first["best_anchor_product"] == pytest.approx(0.5744 * 4.44, rel=1e-3)
+    assert first["over_best"] == pytest.approx(2 * work_of(memory).floor_ms / 0.5744, rel=1e-3)
+    assert first["over_best_scaled"] == pytest.approx(first["over_best"] * 4.0 / 4.44, rel=2e-3)
+    assert second["best_anchor"] == "flashmla"
+    assert second["over_best_scaled"] == pytest.approx(second["over_best"] * 700 / 777, rel=2e-3)
+
+
+def test_without_ceilings_or_anchor_the_columns_are_absent() -> None:
+    shape = SHAPES[0]
+    (row,) = compare([result(shape)], read_anchors(ANCHORS))
+    assert "over_best" in row
+    assert not {"product", "over_best_scaled", "best_anchor_product"} & set(row)
+    (row,) = compare([result(shape)], None, CEILINGS)
+    assert "product" in row
+    assert not {"over_best", "over_best_scaled"} & set(row)
+    # The anchors are all of latents 512 + 64.
+    (row,) = compare([result(dataclasses.replace(shape, kv_lora_rank=256))], read_anchors(ANCHORS), CEILINGS)
+    assert "over_best" not in row
+
+
+def test_summary_has_geometric_means_by_class_and_backend() -> None:
+    anchors = read_anchors(ANCHORS)
+    measured = [result(shape, factor, backend) for shape in SHAPES for backend, factor in (("a", 1.0), ("b", 4.0))]
+    # Of backend "b" one shape of the first class took 16 times as long.
+    measured[1] = result(SHAPES[0], 64.0, "b")
+    summary = figures.summarize(compare(measured, anchors, CEILINGS))
+    by_key = {(entry["class"], entry["backend"]): entry for entry in summary}
+    assert list(by_key) == [(name, backend) for name in (*CLASSES[:3], "all") for backend in ("a", "b")]
+    assert by_key[CLASSES[0], "a"]["over_floor"] == 1.0
+    assert by_key[CLASSES[0], "b"]["over_floor"] == pytest.approx(4 * 16**0.25)
+    assert by_key["all", "b"]["shapes"] == 14
+    # The anchors' own note: 1.66 shape by shape over 24 shapes, these 14 among them.
+    best = [anchors.of(shape).best[1] / work_of(shape).floor_ms for shape in SHAPES]
+    wanted = math.exp(sum(map(math.log, best)) / 14)
+    assert by_key["all", "a"]["best_anchor_over_floor"] == pytest.approx(wanted, abs=2e-3)
+    assert by_key["all", "a"]["over_best"] == pytest.approx(1 / wanted, abs=2e-3)
+    assert by_key["all", "a"]["over_best_scaled"] < by_key["all", "a"]["over_best"]
+
+
+def test_summary_says_how_many_shapes_have_an_anchor() -> None:
+    odd = DecodeShape(2, 1, 777, 16)
+    entry = figures.summarize(compare([result(SHAPES[0]), result(odd)], read_anchors(ANCHORS)))[0]
+    assert (entry["shapes"], entry["anchored"]) == (2, 1)
+    (alone, _) = figures.summarize(compare([result(odd)], read_anchors(ANCHORS)))
+    assert alone["best_anchor_over_floor"] is alone["over_best"] is alone["over_best_scaled"] is None
+
+
+# --- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_variants_take_turns_and_every_second_round_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[object] = []
+    monkeypatch.setattr(bench_kernel.time, "sleep", lambda seconds: log.append(seconds))
+
+    def burst(name: str) -> float:
+        log.append(name)
+        return float(len(log))
+
+    rounds = bench_kernel.in_turns({name: lambda name=name: burst(name) for name in "ab"}, rounds=3, pause_s=0.5)
+    assert log == [0.5, "a", 0.5, "b", 0.5, "b", 0.5, "a", 0.5, "a", 0.5, "b"]
+    assert rounds == {"a": [2.0, 8.0, 10.0], "b": [4.0, 6.0, 12.0]}
+
+
+@pytest.mark.parametrize(
+    ("num_sets", "turn_ms", "turns"),
+    [
+        (51, 0.56, 1),  # batch 1 x 4096: 51 page sets of 11 us
+        (4, 0.12, 5),  # 8 calls would be 0.24 ms: too short beside the graph's own start
+        (2, 0.3, 4),  # 8 calls
+        (2, 2.0, 2),  # 8 calls would be 8 ms
+        (2, 6.0, 1),  # one turn is too long already
+    ],
+)
+def test_graphs_hold_whole_turns(num_sets: int, turn_ms: float, turns: int) -> None:
+    assert bench_kernel.calls_in_turns(num_sets, turn_ms) == turns
+
+
+def test_page_sets_share_no_page_and_are_larger_than_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 10**6)
+    shape = DecodeShape(3, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
+    inputs = bench_kernel.make_inputs(shape, torch.float32, torch.device("cpu"))
+    pages = [-(-length // 64) for length in shape.lengths()]
+    sets = [
+        {int(page) for row, count in zip(table, pages, strict=True) for page in row[:count]}
+        for table in inputs.block_table
+    ]
+    assert len(sets) >= 2
+    assert len(set().union(*sets)) == sum(map(len, sets)) == len(sets) * sum(pages) == len(inputs.kv_cache)
+    assert len(sets) * sum(pages) * 64 * 160 * 4 >= 10**6
+    assert [q.shape for q in inputs.q] == [(3, 2, 4, 160)] * len(sets)
+
+
+class Device:
+    """Stands in for `torch.cuda`: a clock that moves by what a call costs and that events read, in milliseconds.
+
+    Every replay costs what its calls cost and 0.002; the first 60 ms of a burst run at full clocks, what follows takes
+    half as long again; a pause cools the device down.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.heat = 0.0
+        self.capturing: list[float] | None = None
+        self.replays: list[int] = []
+
+    def spend(self, ms: float) -> None:
+        if self.capturing is not None:
+            self.capturing.append(ms)
+            return
+        self.heat += ms
+        self.now += ms * (1.5 if self.heat > 60 else 1)
+
+    def cool(self, seconds: float) -> None:
+        if seconds:
+            self.heat = 0.0
+
+    def graph_of(self, calls: list[Callable[[], object]]) -> object:
+        self.capturing = []
+        for call in calls:
+            call()
+        costs, self.capturing = self.capturing, None
+
+        def replay() -> None:
+            self.replays.append(len(costs))
+            self.spend(sum(costs) + 0.002)
+
+        return types.SimpleNamespace(replay=replay)
+
+    def event(self, enable_timing: bool) -> object:
+        assert enable_timing
+        event = types.SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    fake = Device()
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "Event": fake.event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(bench_kernel, "_graph_of", fake.graph_of)
+    monkeypatch.setattr(bench_kernel, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 1)
+    monkeypatch.setattr(bench_kernel, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(bench_kernel.time, "sleep", fake.cool)
+    return fake
+
+
+def test_burst_is_the_median_replay_per_call(device: Device) -> None:
+    graph = bench_kernel.CallGraph([lambda: device.spend(0.1), lambda: device.spend(0.3)])
+    assert graph.num_calls == 8
+    device.replays.clear()
+    device.cool(1)
+    # 20 ms of replays of 1.602 ms, after one that is not timed.
+    assert graph.burst(0.02) == pytest.approx(1.602 / 8)
+    assert device.replays == [8] * 13
+    assert graph.burst(0.5) == pytest.approx(1.5 * 1.602 / 8)  # hot
+    device.cool(1)
+    assert graph.burst(0.0) == pytest.approx(1.602 / 8)  # three replays at least
+
+
+@pytest.fixture
+def backends(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, types.SimpleNamespace]:
+    """Two backends that are the definition and cost 1 and 2 ms a call; their plans remember how they were made."""
+    made: dict[str, types.SimpleNamespace] = {}
+    launches: dict[tuple[str, str], int] = {("append", "slow"): 7}
+
+    def plan_splits(*tensors: torch.Tensor, kv_lora_rank: int, backend: str | None, **options: object) -> object:
+        if backend == "picky":
+            raise UnsupportedError("no backend accepts this call")
+        made[backend or "fast"] = types.SimpleNamespace(options=options, factor=1.0)
+        return made[backend or "fast"]
+
+    def decode(*tensors: torch.Tensor, plan: object, backend: str | None, **options: object) -> object:
+        name = backend or "fast"
+        assert plan is made[name]
+        launches["decode", name] = launches.get(("decode", name), 0) + 1
+        device.spend({"fast": 1.0, "slow": 2.0}[name])
+        out, lse = ops.decode(*tensors, backend="torch", **options)
+        return out * wrong.get(name, 1.0), lse
+
+    wrong: dict[str, float] = {}
+    monkeypatch.setattr(bench_kernel, "plan_splits", plan_splits)
+    monkeypatch.setattr(bench_kernel, "decode", decode)
+    monkeypatch.setattr(bench_kernel, "backend_counts", lambda: dict(launches))
+    return types.SimpleNamespace(made=made, wrong=wrong)
+
+
+SMALL = DecodeShape(3, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
+
+
+def test_backends_share_inputs_and_have_plans_of_their_own(backends: types.SimpleNamespace) -> None:
+    timing = bench_kernel.Timing(rounds=3, sustained_s=1.0)
+    results, failed = bench_kernel.time_shape(SMALL, ["slow", "fast", "picky"], torch.float16, timing, True)
+    assert failed == {f"{SMALL.name}, picky": "no backend accepts this call"}
+    assert [result.backend for result in results] == ["slow", "fast"]
+    for result, ms in zip(results, (2.0, 1.0), strict=True):
+        assert result.graph_ms == pytest.approx(ms, rel=2e-3)  # 60 of 80 ms at full clocks
+        assert len(result.round_ms) == 3
+        assert result.sustained_ms == pytest.approx(1.5 * ms, rel=2e-3)
+        assert result.cold_ms >= ms
+        assert 0 < result.error_over_plain <= 2
+        assert result.work == work_of(SMALL)
+        assert result.dtype == "float16"
+
+
+def test_pages_are_planned_deterministically_only_if_asked(backends: types.SimpleNamespace) -> None:
+    timing = bench_kernel.Timing(rounds=1, cold=False)
+    (result,), _ = bench_kernel.time_shape(SMALL, [None], torch.float16, timing, deterministic=True)
+    assert result.backend == "fast"  # what ran
+    assert result.cold_ms is result.sustained_ms is result.error_over_plain is None
+    assert backends.made["fast"].options == {"deterministic": True}
+    bench_kernel.time_shape(SMALL, ["fast"], torch.float16, timing)
+    assert backends.made["fast"].options == {}
+
+
+def test_a_backend_that_is_wrong_has_no_figure(backends: types.SimpleNamespace) -> None:
+    backends.wrong["fast"] = 1.1
+    timing = bench_kernel.Timing(rounds=1, cold=False)
+    results, failed = bench_kernel.time_shape(SMALL, ["fast", "slow"], torch.float16, timing, True)
+    assert [result.backend for result in results] == ["slow"]
+    assert "wrong result: relative error 1.00e-01" in failed[f"{SMALL.name}, fast"]
+    results, _ = bench_kernel.time_shape(SMALL, ["fast"], torch.float16, timing, False)
+    assert len(results) == 1  # unchecked, as asked
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, dict[str, object]]:
+    """What the definition makes of a ragged causal shape in float16, and the other arguments of the check."""
+    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 1)
+    shape = DecodeShape(5, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
+    inputs = bench_kernel.make_inputs(shape, torch.float16, torch.device("cpu"))
+    options = {"kv_lora_rank": 128, "softmax_scale": shape.softmax_scale}
+    out, _ = ops.decode(
+        inputs.q[0], inputs.kv_cache, inputs.block_table[0], inputs.cache_seqlens, backend="torch", **options
+    )
+    return out, {
+        "q": inputs.q[0],
+        "kv_cache": inputs.kv_cache,
+        "block_table": inputs.block_table[0],
+        "lengths": shape.lengths(),
+        **options,
+    }
+
+
+def test_check_accepts_a_right_result(decoded: tuple[torch.Tensor, dict[str, object]]) -> None:
+    out, arguments = decoded
+    assert 0 < check.check_outputs(out, **arguments) <= 2
+
+
+def test_check_computes_what_the_definition_does(decoded: tuple[torch.Tensor, dict[str, object]]) -> None:
+    # In fp64, both to its last digits: the scale, the mask and the columns of V are the same.
+    _, arguments = decoded
+    exact = arguments | {"q": arguments["q"].double(), "kv_cache": arguments["kv_cache"].double()}
+    lengths = torch.tensor(exact.pop("lengths"), dtype=torch.int32)
+    wanted, _ = ops.decode(cache_seqlens=lengths, backend="torch", **exact)
+    for request, length in enumerate(lengths.tolist()):
+        pages = exact["block_table"][request, : -(-length // 64)].long()
+        latents = exact["kv_cache"][pages].flatten(0, 2)[:length]
+        found = check.attend(exact["q"][request], latents, 128, exact["softmax_scale"])
+        torch.testing.assert_close(found, wanted[request], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["first", "last", "longest"])
+def test_check_refuses_a_wrong_request(decoded: tuple[torch.Tensor, dict[str, object]], which: str) -> None:
+    out, arguments = decoded
+    lengths = arguments["lengths"]
+    request = {"first": 0, "last": len(lengths) - 1, "longest": lengths.index(max(lengths))}[which]
+    out[request, 1, 2] *= 1.02
+    with pytest.raises(check.WrongResultError, match=r"relative error .* over requests .*float16 has .* 2x"):
+        check.check_outputs(out, **arguments)
+
+
+def test_check_refuses_what_is_not_finite_in_any_request(decoded: tuple[torch.Tensor, dict[str, object]]) -> None:
+    out, arguments = decoded
+    other = next(index for index in range(5) if index not in check.requests_to_check(arguments["lengths"]))
+    out[other, 0, 0, 0] = float("nan")
+    with pytest.raises(check.WrongResultError, match=f"not finite in 1 of 5 requests, first in request {other}"):
+        check.check_outputs(out, **arguments)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the refusal is for machines without one")
+def test_command_refuses_without_a_gpu(tmp_path: Path) -> None:
+    assert "torch sees none here" in run("--out", tmp_path, code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """A GPU that takes twice the floor, Triton 10% longer, but accepts no seqlen_q of 2. Tells what it was asked."""
+    seen: list[tuple[object, ...]] = []
+
+    def time_shape(shape: DecodeShape, backends: list[str | None], *options: object) -> object:
+        seen.append((shape, backends, *options))
+        if shape.seqlen_q == 2:
+            return [], {f"{shape.name}, {name}": "no backend accepts this call" for name in backends}
+        return [result(shape, 2.2 if name == "triton" else 2.0, name or "torch") for name in backends], {}
+
+    monkeypatch.setattr(bench_kernel, "time_shape", time_shape)
+    monkeypatch.setattr(bench_kernel, "measure_ceilings", lambda timing: CEILINGS)
+    monkeypatch.setattr(cli_app, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return seen
+
+
+@pytest.mark.usefixtures("timed")
+def test_every_anchor_is_in_the_table_with_its_loss(tmp_path: Path) -> None:
+    out = tmp_path / "all.json"
+    text = run("--anchors", ANCHORS, "--backend", "torch", "--no-ceilings", "--out", out, code=1)  # one shape failed
+    report = json.loads(out.read_text())
+    assert report["device"] == "a GPU"
+    assert report["ceilings"] is None
+    assert list(report["not_measured"]) == ["b128 q2 k4096 h128 varlen, torch"]
+    by_shape = {(row["batch"], row["seqlen_k"], row["num_heads"]): row for row in report["rows"]}
+    assert len(by_shape) == 13
+    row = by_shape[64, 32768, 16]  # 2 x floor = 1.125 ms, FlashMLA 0.5744 ms
+    assert row["best_anchor"] == "flashmla"
+    assert row["over_best"] == pytest.approx(2 * 0.5624 / 0.5744, rel=2e-3)
+    assert "1.96 SLOWER" in next(line for line in text.splitlines() if "│ b64 q1 k32768 h16" in line)
+    # 2 x floor = 2.2 us, the best peer 13.5 us
+    assert "0.16 faster" in next(line for line in text.splitlines() if "│ b1 q1 k4096 h16" in line)
+    assert next(entry for entry in report["summary"] if entry["class"] == "all")["over_floor"] == 2.0
+    assert "not measured: b128 q2 k4096 h128 varlen, torch: no backend accepts this call" in text
+
+
+@pytest.mark.usefixtures("timed")
+def test_backends_stand_beside_each_other_scaled_by_the_ceilings(tmp_path: Path) -> None:
+    out = tmp_path / "two.json"
+    flags = ("--batch", 16, "--seqlen-k", 4096, "--num-heads", 16, "--backend", "triton,torch")
+    text = run(*flags, "--anchors", ANCHORS, "--out", out)
+    report = json.loads(out.read_text())
+    assert [row["backend"] for row in report["rows"]] == ["triton", "torch"]
+    assert report["ceilings"] == dataclasses.asdict(CEILINGS)
+    assert report["anchor_ceilings"]["matmul_bf16_TFLOPs"] == 777
+    floor = work_of(DecodeShape(16, 1, 4096, 16)).floor_ms
+    assert report["rows"][0]["over_best_scaled"] == pytest.approx(2.2 * floor * 4.0 / (0.0296 * 4.44), rel=2e-3)
+    lines = [line for line in text.splitlines() if line.startswith("│ b16 q1 k4096 h16")]
+    assert ["1.18 SLOWER" in line for line in lines] == [True, False]
+    assert "read 4.00 TB/s" in text
+    assert "triton against the best anchor: 0 of 1 shapes faster; slower: b16 q1 k4096 h16 (1.18x)" in text
+
+
+def test_flags_reach_the_clock(timed: list[tuple[object, ...]], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "one.json"
+    shape = ("--batch", 3, "--seqlen-k", 1000, "--num-heads", 20, "--kv-lora-rank", 256, "--qk-rope-head-dim", 32)
+    clock = ("--rounds", 6, "--burst", 0.2, "--pause", 0, "--sustained", 1.5, "--no-cold", "--deterministic", "--check")
+    text = run(*shape, *clock, "--out", out)
+    wanted = DecodeShape(3, 1, 1000, 20, False, 256, 32)
+    timing = bench_kernel.Timing(rounds=6, burst_s=0.2, pause_s=0.0, sustained_s=1.5, cold=False)
+    assert timed == [(wanted, [None], torch.bfloat16, timing, True, True)]
+    assert "best anchor:" not in text
+    report = json.loads(out.read_text())
+    assert report["rows"][0]["seqlen_k"] == 1000
+    assert report["timing"] == {**dataclasses.asdict(timing), "deterministic": True}
+    run("--batch", 3, "--out", out)
+    assert timed[1][3:] == (bench_kernel.Timing(), None, False)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("torch,tritn", "no such backend: 'tritn'; have"), ("torch,torch", "the same backend twice"), ("", "no such")],
+)
+def test_wrong_backends_are_refused_with_a_line(names: str, message: str) -> None:
+    assert message in run("--backend", names, code=2)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+GPU_SHAPE = DecodeShape(4, 2, 500, 16, varlen=True)
+SHORT = bench_kernel.Timing(rounds=2, burst_s=0.005, pause_s=0.0, sustained_s=0.01)
+
+
+@needs_gpu
+def test_a_shape_is_timed_and_checked() -> None:
+    results, failed = bench_kernel.time_shape(GPU_SHAPE, ["triton"], timing=SHORT, check=True)
+    assert not failed
+    (measured,) = results
+    assert measured.backend == "triton"
+    assert len(measured.round_ms) == 2
+    assert min(measured.round_ms) <= measured.graph_ms <= max(measured.round_ms)
+    assert 0 < measured.error_over_plain <= 2
+    assert min(measured.graph_ms, measured.cold_ms, measured.sustained_ms) > measured.work.floor_ms
+
+
+@needs_gpu
+def test_the_backend_that_ran_is_named_and_one_that_refuses_fails_alone() -> None:
+    shape = dataclasses.replace(GPU_SHAPE, num_heads=3)
+    results, failed = bench_kernel.time_shape(shape, [None, "triton"], timing=SHORT)
+    assert results[0].backend in ops.BACKENDS
+    assert len(results) + len(failed) == 2
+
+
+@needs_gpu
+def test_a_wrong_result_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = ops.decode(*arguments, **options)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(bench_kernel, "decode", decode)
+    results, failed = bench_kernel.time_shape(GPU_SHAPE, ["triton"], timing=SHORT, check=True)
+    assert results == []
+    assert "wrong result: relative error 1.0" in failed[f"{GPU_SHAPE.name}, triton"]
+
+
+@needs_gpu
+def test_ceilings_are_those_of_a_gpu() -> None:
+    ceilings = bench_kernel.measure_ceilings(SHORT)
+    assert 0.1 < ceilings.copy_TBps < 100
+    assert ceilings.read_TBps > 0.1
+    assert ceilings.matmul_bf16_TFLOPs > 10
+    assert 0.1 < ceilings.graph_node_us < 100
