@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from cases import needs_gpu
 from typer.testing import CliRunner
 
 from flash_mla import ops
-from flash_mla.bench import check, figures
+from flash_mla.bench import check, figures, roofline
 from flash_mla.bench import kernel as bench_kernel
 from flash_mla.bench.figures import CLASSES, SHAPES, Ceilings, DecodeShape, Result, compare, read_anchors, work_of
 from flash_mla.cli import app as cli_app
@@ -463,6 +464,68 @@ def test_flags_reach_the_clock(timed: list[tuple[object, ...]], tmp_path: Path) 
 )
 def test_wrong_backends_are_refused_with_a_line(names: str, message: str) -> None:
     assert message in run("--backend", names, code=2)
+
+
+# --- the roofline -----------------------------------------------------------------------------------------------------
+
+
+def test_points_lie_where_their_rates_are() -> None:
+    shape = DecodeShape(132, 1, 16384, 128)
+    work = work_of(shape)
+    measured = [result(shape, 2.0, "a"), result(SHAPES[0]), result(shape, 4.0, "b")]
+    names, points = roofline.points_of(compare(measured, read_anchors(ANCHORS), CEILINGS))
+    assert names == [shape.name, SHAPES[0].name]
+    found = {point[:2]: point[2:] for point in points}
+    assert list(found) == [("a", 1), ("best anchor", 1), ("triton", 2), ("best anchor", 2), ("b", 1)]
+    assert found["a", 1] == pytest.approx((work.flop / work.bytes, 790 / 2), rel=1e-3)
+    assert found["b", 1] == pytest.approx((work.flop / work.bytes, 790 / 4), rel=1e-3)
+    assert found["best anchor", 1] == pytest.approx((work.flop / work.bytes, work.flop / 0.9924e9), rel=1e-3)
+
+
+def test_labels_are_moved_apart_and_keep_their_order() -> None:
+    assert roofline.spaced([4.0, 1.0, 1.5, 9.0], 2.0) == [4.0, 1.0, 2.0, 9.0]
+    assert roofline.spaced([2.0, 2.0, 3.0], 2.0) == [2.0, 4.0, 8.0]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+@pytest.mark.usefixtures("timed")
+def test_command_draws_the_roofline(tmp_path: Path) -> None:
+    plot = tmp_path / "deep" / "roofline.png"
+    flags = ("--anchors", ANCHORS, "--backend", "torch,triton", "--out", tmp_path / "all.json")
+    assert "wrote" in run(*flags, "--plot", plot, code=1).splitlines()[-1]
+    assert png_size(plot) == (1800, 1050)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("h200_kernel_*.json")), ids=lambda p: p.stem
+)
+def test_results_of_earlier_versions_can_be_drawn(path: Path, tmp_path: Path) -> None:
+    report = json.loads(path.read_text())
+    png_size(roofline.draw_roofline(report, tmp_path / "roofline.png"))
+
+
+def test_roofs_are_those_of_the_run() -> None:
+    measured = {"read_TBps": 4.4, "matmul_bf16_TFLOPs": 750.0}
+    assert roofline.roofs_of({"ceilings": measured}) == (4.4, 750.0, "measured in this run")
+    assert roofline.roofs_of({"ceilings": None}) == (4.3, 790.0, "as the floors assume")
+
+
+def test_plot_is_refused_before_anything_is_measured(
+    timed: list[tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "must end in .png" in run("--plot", tmp_path / "roofline.svg", code=2)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = run("--plot", tmp_path / "roofline.png", code=1)
+    assert (
+        'ImportError: flash-mla bench kernel --plot needs matplotlib: pip install "transformers-flash-mla[bench]"'
+        in text
+    )
+    assert timed == []
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -78,12 +78,14 @@ def kernel(
     check: Annotated[
         bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the roofline, as this PNG.")] = None,
     out: Out = RESULTS,
 ) -> None:
     """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
     from ..bench import kernel as bench_kernel
     from ..bench.figures import SHAPES, DecodeShape, compare, read_anchors, summarize
     from ..bench.report import machine, write_report
+    from ..bench.roofline import draw_roofline, require_matplotlib
     from .tables import class_table, kernel_table, losses
 
     known = read_anchors(anchors) if anchors is not None else None
@@ -93,6 +95,13 @@ def kernel(
     else:
         shapes = [DecodeShape(*key) for key in known.by_shape] if known is not None else list(SHAPES)
     kind, names = _dtype(dtype, None), _backends(backend)
+    if plot is not None:
+        if plot.suffix != ".png":
+            raise typer.BadParameter(f"must end in .png, got {plot}", param_hint="--plot")
+        try:
+            require_matplotlib()  # before minutes are spent
+        except ImportError as error:
+            _stop(f"ImportError: {error}")
     where = _device(None)
     if where.type != "cuda":
         _stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
@@ -138,6 +147,8 @@ def kernel(
     }
     stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
     typer.echo(f"wrote {write_report(out, stem, report)}")
+    if plot is not None and rows:
+        typer.echo(f"wrote {draw_roofline(report, plot)}")
     if failed:
         raise typer.Exit(1)
 
