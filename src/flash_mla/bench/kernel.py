@@ -270,7 +270,7 @@ def time_shape(
         backends: names; None: the first that accepts.
         timing: None: the defaults.
         check: compare a few requests with fp64 first; None: those of backend "cuda".
-        deterministic: plan so that the same inputs give the same bits.
+        deterministic: as in `plan_splits`.
     Returns: results in the order of `backends`; by name of shape and backend, why there is none: no backend accepts,
         memory does not suffice, or the result was wrong.
     """
