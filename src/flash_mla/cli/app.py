@@ -68,7 +68,9 @@ def kernel(
     backend: Annotated[
         str | None, typer.Option(help="Names with commas between, measured in turns. Default: the first that accepts.")
     ] = None,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Plan each request by its own length alone.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Plan each request by its own length alone.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Bursts per backend; the figure is their median.")] = 4,
     burst: Annotated[float, typer.Option(min=0.001, help="Seconds of a burst.")] = 0.08,
     pause: Annotated[float, typer.Option(min=0, help="Idle seconds before each burst.")] = 0.1,
