@@ -1,8 +1,45 @@
 """Makes Triton run in its interpreter where there is no GPU; this has to happen before anything imports triton."""
 
-import os
+from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fake_cuda import FakeDriver
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def append_cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`append.cubin` of the sources as they are, in a folder of its own."""
+    from flash_mla import _build
+
+    out = tmp_path_factory.mktemp("cubins")
+    _build.build(["append"], out=out)
+    return out / "append.cubin"
+
+
+@pytest.fixture
+def fake_driver(append_cubin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeDriver]]:
+    """Puts a fake in the place of libcuda.so.1 for the length of a test; arguments are those of `FakeDriver`."""
+    from fake_cuda import FakeDriver
+
+    from flash_mla.backends.cuda import driver
+
+    def install(**settings: Any) -> FakeDriver:
+        fake = FakeDriver(**settings)
+        monkeypatch.setattr(driver, "_load_library", lambda: fake)
+        driver.reset()
+        return fake
+
+    monkeypatch.setattr(driver, "CUBINS", append_cubin.parent)
+    yield install
+    driver.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import threading
 
@@ -11,12 +12,15 @@ import torch
 from ...contract import AppendCall
 from . import driver
 
-__all__ = ["AppendParams", "append", "append_refusals", "unit_bytes"]
+__all__ = ["AppendParams", "append", "append_refusals", "geometry"]
 
 CAPABILITY = (9, 0)
 # Rows per CTA, one warp each. Few rows go one to a CTA, to as many SMs as there are: a row is bound by latency then.
 WARPS = 8
 FEW_ROWS = 1024
+# By bytes of a unit.
+MAX_UNIT = 16
+KERNELS = {unit: f"append_rows_{unit}" for unit in (2, 4, 8, 16)}
 
 
 class AppendParams(ctypes.Structure):
@@ -47,13 +51,15 @@ class AppendParams(ctypes.Structure):
     )
 
 
-# All fields in one call: setting them one by one costs 21 x 0.05 µs.
-PACKED = struct.Struct("@4Q11q4I2i")
+# The struct in two parts: addresses, which change with every call, and the rest, which repeats from step to step.
+ADDRESSES = struct.Struct("@4Q")
+GEOMETRY = struct.Struct("@11q4I2i")
 
 
 class _PerThread(threading.local):
     def __init__(self) -> None:
         self.params = AppendParams()
+        self.bytes = memoryview(self.params).cast("B")
 
 
 _thread = _PerThread()
@@ -78,12 +84,28 @@ def append_refusals(call: AppendCall) -> list[str]:
     return reasons
 
 
-def unit_bytes(*quantities: int) -> int:
-    """The widest unit, 16, 8, 4 or 2 bytes, that divides every address, stride and length of a call (in bytes)."""
-    union = 16
-    for quantity in quantities:
-        union |= quantity
-    return union & -union
+@functools.lru_cache(maxsize=1024)
+def geometry(
+    call: AppendCall,
+    itemsize: int,
+    latent_strides: tuple[int, ...],
+    rope_strides: tuple[int, ...],
+    slots_strides: tuple[int, ...],
+) -> tuple[bytes, int]:
+    """Everything of `AppendParams` but the addresses, and the union of the bits that bound the width of a unit.
+
+    Strides come in elements. The stride of a dimension of one element is never walked, and may be anything.
+    """
+    extents = (call.num_blocks, call.block_size, call.h_kv, *(call.batch, call.seqlen_q, call.h_kv) * 2)
+    elements = (*call.kv_cache_strides[:3], *latent_strides[:3], *rope_strides[:3])
+    strides = [itemsize * stride if extent > 1 else 0 for stride, extent in zip(elements, extents, strict=True)]
+    latent_bytes, rope_bytes = itemsize * call.kv_lora_rank, itemsize * call.qk_rope_head_dim
+    bits = MAX_UNIT
+    for quantity in (*strides, latent_bytes, rope_bytes):
+        bits |= quantity
+    num_rows = call.batch * call.seqlen_q * call.h_kv
+    counts = (num_rows, call.seqlen_q, call.h_kv, call.block_size, latent_bytes, latent_bytes + rope_bytes)
+    return GEOMETRY.pack(*strides, *(8 * stride for stride in slots_strides), *counts), bits
 
 
 def append(
@@ -97,22 +119,19 @@ def append(
     num_rows = call.batch * call.seqlen_q * call.h_kv
     if num_rows == 0:
         return
-    latent = latent if latent.stride(3) == 1 else latent.contiguous()
-    k_rope = k_rope if k_rope.stride(3) == 1 else k_rope.contiguous()
-    size = kv_cache.element_size()
-    addresses = (kv_cache.data_ptr(), latent.data_ptr(), k_rope.data_ptr())
-    # The stride of a dimension of one element is never walked, and may be anything.
-    shape = (call.num_blocks, call.block_size, call.h_kv, *(call.batch, call.seqlen_q, call.h_kv) * 2)
-    elements = (*kv_cache.stride()[:3], *latent.stride()[:3], *k_rope.stride()[:3])
-    strides = [size * stride if extent > 1 else 0 for stride, extent in zip(elements, shape, strict=True)]
-    latent_bytes, rope_bytes = size * call.kv_lora_rank, size * call.qk_rope_head_dim
-    unit = unit_bytes(*addresses, *strides, latent_bytes, rope_bytes)
-    slot_strides = [8 * stride for stride in slots.stride()]
-    counts = (num_rows, call.seqlen_q, call.h_kv, call.block_size, latent_bytes, latent_bytes + rope_bytes)
-    params = _thread.params
-    PACKED.pack_into(params, 0, *addresses, slots.data_ptr(), *strides, *slot_strides, *counts)
+    if latent.stride(3) != 1:
+        latent = latent.contiguous()
+    if k_rope.stride(3) != 1:
+        k_rope = k_rope.contiguous()
+    rest, bits = geometry(call, kv_cache.element_size(), latent.stride(), k_rope.stride(), slots.stride())
+    pool, source, rope = kv_cache.data_ptr(), latent.data_ptr(), k_rope.data_ptr()
+    bits |= pool | source | rope
+    thread = _thread
+    ADDRESSES.pack_into(thread.bytes, 0, pool, source, rope, slots.data_ptr())
+    thread.bytes[ADDRESSES.size :] = rest
+    # The lowest bit that is set: the widest unit, at most 16 bytes, that divides every address, stride and length.
+    kernel = driver.function(call.device_index, "append", KERNELS[bits & -bits])
     warps = 1 if num_rows <= FEW_ROWS else WARPS
-    device_index = call.device_index
-    kernel = driver.function(device_index, "append", f"append_rows_{unit}")
     grid = (-(-num_rows // warps), 1, 1)
-    driver.launch(device_index, kernel, grid, 32 * warps, 0, driver.raw_stream(device_index), params)
+    stream = driver.raw_stream(call.device_index)
+    driver.launch(call.device_index, kernel, grid, 32 * warps, 0, stream, thread.params)

@@ -41,7 +41,7 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuCtxPopCurrent_v2": (c_void_p,),
     "cuThreadExchangeStreamCaptureMode": (c_void_p,),
     # library, code, JIT options, their values, number, library options, their values, number
-    "cuLibraryLoadData": (c_void_p, c_char_p, c_void_p, c_void_p, c_uint, c_void_p, c_void_p, c_uint),
+    "cuLibraryLoadData": (c_void_p, c_void_p, c_void_p, c_void_p, c_uint, c_void_p, c_void_p, c_uint),
     "cuLibraryGetKernel": (c_void_p, c_void_p, c_char_p),
     "cuKernelSetAttribute": (c_int, c_int, c_void_p, c_int),  # attribute, value, kernel, device
     "cuKernelGetFunction": (c_void_p, c_void_p),
@@ -91,6 +91,7 @@ class _PerThread(threading.local):
 _thread = _PerThread()
 _lock = threading.RLock()
 _libraries: dict[str, int] = {}
+_kernels: dict[tuple[str, str], int] = {}
 _functions: dict[tuple[int, str, str, int], int] = {}
 _names: dict[int, str] = {}
 _shared_memory: dict[tuple[int, int], int] = {}
@@ -101,7 +102,7 @@ def reset() -> None:
     with _lock:
         for cached in (_driver, unavailable, num_sms, _device, _primary_context, tensor_map):
             cached.cache_clear()
-        for known in (_libraries, _functions, _names, _shared_memory):
+        for known in (_libraries, _kernels, _functions, _names, _shared_memory):
             known.clear()
 
 
@@ -267,6 +268,8 @@ def _prepare(key: tuple[int, str, str, int]) -> int:
 
 
 def _load(library: Any, cubin: str, name: str) -> int:
+    if (known := _kernels.get((cubin, name))) is not None:
+        return known
     handle = _libraries.get(cubin)
     if handle is None:
         file = CUBINS / f"{cubin}.cubin"
@@ -281,8 +284,9 @@ def _load(library: Any, cubin: str, name: str) -> int:
     kernel = c_void_p()
     result = library.cuLibraryGetKernel(ctypes.addressof(kernel), handle, name.encode())
     _check(result, "cuLibraryGetKernel", f"kernel {name} of {cubin}.cubin")
-    _names[kernel.value or 0] = f"kernel {name} of {cubin}.cubin"
-    return kernel.value or 0
+    found = _kernels[cubin, name] = kernel.value or 0
+    _names[found] = f"kernel {name} of {cubin}.cubin"
+    return found
 
 
 def _allow_shared_memory(library: Any, device_index: int, kernel: int, shared_memory: int) -> None:
