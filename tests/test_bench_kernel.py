@@ -251,7 +251,9 @@ def test_burst_is_the_median_replay_per_call(device: Device) -> None:
     assert device.replays == [8] * 13
     assert graph.burst(0.5) == pytest.approx(1.5 * 1.602 / 8)  # hot
     device.cool(1)
-    assert graph.burst(0.0) == pytest.approx(1.602 / 8)  # three replays at least
+    device.replays.clear()
+    assert graph.burst(0.0) == pytest.approx(1.602 / 8)
+    assert device.replays == [8] * 4  # three that are timed at least
 
 
 @pytest.fixture
@@ -270,7 +272,7 @@ def backends(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, types
         name = backend or "fast"
         assert plan is made[name]
         launches["decode", name] = launches.get(("decode", name), 0) + 1
-        device.spend({"fast": 1.0, "slow": 2.0}[name])
+        device.spend({"fast": 1.0, "slow": 2.0, "cuda": 0.5}[name])
         out, lse = ops.decode(*tensors, backend="torch", **options)
         return out * wrong.get(name, 1.0), lse
 
@@ -319,6 +321,13 @@ def test_a_backend_that_is_wrong_has_no_figure(backends: types.SimpleNamespace) 
     assert len(results) == 1  # unchecked, as asked
 
 
+def test_only_the_compiled_backend_is_checked_unasked(backends: types.SimpleNamespace) -> None:
+    timing = bench_kernel.Timing(rounds=1, cold=False)
+    (compiled, other), _ = bench_kernel.time_shape(SMALL, ["cuda", "fast"], torch.float16, timing)
+    assert 0 < compiled.error_over_plain <= 2
+    assert other.error_over_plain is None
+
+
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +348,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, dict[str, ob
         "lengths": shape.lengths(),
         **options,
     }
+
+
+def test_check_looks_at_the_first_the_last_and_the_longest() -> None:
+    assert check.requests_to_check([5, 7, 9, 8, 6]) == [0, 2, 4]
+    assert check.requests_to_check([5, 5, 5]) == [0, 2]
+    assert check.requests_to_check([5]) == [0]
 
 
 def test_check_accepts_a_right_result(decoded: tuple[torch.Tensor, dict[str, object]]) -> None:
