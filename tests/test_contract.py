@@ -119,18 +119,19 @@ def test_plan_of_another_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("items", "first_item", "message"),
+    ("items", "splits", "message"),
     [
-        (zeros(1, 4, dtype=torch.int32), zeros(3, dtype=torch.int32), r"plan items must be .*batch=2.*\(1, 4\)"),
-        (zeros(2, 3, dtype=torch.int32), zeros(3, dtype=torch.int32), r"plan items must be .*\(2, 3\)"),
-        (zeros(2, 4, dtype=torch.int64), zeros(3, dtype=torch.int32), r"plan items must be .*int64"),
-        (zeros(2, 4, dtype=torch.int32), zeros(2, dtype=torch.int32), r"plan first_item must be .*= 3\].*\(2,\)"),
-        (zeros(2, 4, dtype=torch.int32), None, r"a plan is items and first_item together"),
+        (zeros(2, 4, dtype=torch.int32), zeros(2, 2, dtype=torch.int32), r"plan items must be .*batch=2.*\(2, 4\)"),
+        (zeros(3, 3, dtype=torch.int32), zeros(2, 2, dtype=torch.int32), r"plan items must be .*\(3, 3\)"),
+        (zeros(3, 4, dtype=torch.int64), zeros(2, 2, dtype=torch.int32), r"plan items must be .*int64"),
+        (zeros(3, 4, dtype=torch.int32), zeros(3, dtype=torch.int32), r"plan splits must be .*=2, 2\].*\(3,\)"),
+        (zeros(3, 4, dtype=torch.int32), zeros(2, 2, dtype=torch.int64), r"plan splits must be .*int64"),
+        (zeros(3, 4, dtype=torch.int32), None, r"a plan is items and splits together"),
     ],
 )
-def test_plan_of_another_layout(items: torch.Tensor, first_item: torch.Tensor | None, message: str) -> None:
+def test_plan_of_another_layout(items: torch.Tensor, splits: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        torch.ops.flash_mla.decode(*decode_arguments().values(), items, first_item, 128, 0.1, True, "torch")
+        torch.ops.flash_mla.decode(*decode_arguments().values(), items, splits, 128, 0.1, True, "torch")
 
 
 # --- backends: obeyed or refused --------------------------------------------------------------------------------------
@@ -257,19 +258,19 @@ def test_tiles_fit_into_shared_memory(device: triton_backend.Device, kv_lora_ran
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_heads", "items"),
+    ("num_heads", "seqlen_q", "slots"),
     [
-        (1, 16, 132),  # a part for every SM
-        (1, 128, 66),  # two row tiles each
-        (4, 128, 66),
-        (132, 128, 263),  # equal lengths stay whole
-        (1024, 128, 1024 + 4 * 66),  # the workspace does not double with the batch
+        (16, 1, 132),  # one row tile: a slot for every SM
+        (128, 1, 66),  # two row tiles each
+        (128, 2, 33),
+        (128, 200, 1),  # more tiles than SMs
     ],
 )
-def test_number_of_items_on_an_h200(batch: int, num_heads: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_slots_on_an_h200(num_heads: int, seqlen_q: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "device_of", lambda *_: DEVICES["H200"])
-    call = decode_call(batch=batch, num_heads=num_heads, kv_lora_rank=512, qk_rope_head_dim=64)
-    assert triton_backend.num_items(call) == items
+    for batch in (1, 1024):
+        call = decode_call(batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, kv_lora_rank=512, qk_rope_head_dim=64)
+        assert triton_backend.num_slots(call) == slots
 
 
 def test_every_backend_and_dtype_of_the_tests_is_accepted_here() -> None:

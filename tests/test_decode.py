@@ -12,12 +12,14 @@ from cases import BACKENDS, CASES, DEVICE, TRITON_DTYPES, Case, Problem, make, n
 from numerics import assert_right, reference
 
 import flash_mla
+from flash_mla import SplitPlan
+from flash_mla.backends import torch as torch_backend
 from flash_mla.backends import triton as triton_backend
 
 BY_BACKEND = pytest.mark.parametrize(
     ("backend", "dtype"), BACKENDS, ids=[f"{backend}-{str(dtype)[6:]}" for backend, dtype in BACKENDS]
 )
-SPLIT = Case("split, ragged, causal", (200, 1, 65), seqlen_q=2)
+SPLIT = Case("split, ragged, causal", (400, 1, 65), seqlen_q=2)
 
 
 def run(problem: Problem, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +42,7 @@ def test_every_form_computes_the_same_function(form: int, dtype: torch.dtype, mo
     block_m, block_n = ((16, 32), (64, 64), (32, 64))[form]
     schedule = triton_backend.Schedule(block_m, block_n, form, 4 if form == 0 else 8, 2, 1)
     monkeypatch.setattr(triton_backend, "choose_schedule", lambda *_: schedule)
-    problem = make(Case("rows masked, split, causal", (0, 65, 200), num_heads=9, seqlen_q=2), dtype)
+    problem = make(Case("rows masked, split, causal", (0, 65, 400), num_heads=9, seqlen_q=2), dtype)
     assert_right(problem, *run(problem, "triton"))
 
 
@@ -180,22 +182,73 @@ def test_a_plan_for_other_lengths_loses_no_token(planned_for: int, backend: str,
     assert_right(problem, *run(problem, backend, plan=plan))
 
 
-@pytest.mark.parametrize("num_items", [3, 4, 7, 40])
-def test_any_size_of_plan(num_items: int) -> None:
-    """More parts than units leaves parts without tokens; none more than requests needs no merge."""
-    problem = make(SPLIT, TRITON_DTYPES[0])
-    items, first_item = flash_mla.ops.torch_backend.plan(problem.cache_seqlens, num_items)
-    plan = flash_mla.SplitPlan(items, first_item, 3, 2, 4, 1)
+def plan_of(lengths: tuple[int, ...], num_slots: int, problem: Problem, deterministic: bool = False) -> SplitPlan:
+    """The definition's plan, made for these lengths, for the shape of a problem."""
+    items, splits = torch_backend.plan(torch.tensor(lengths, dtype=torch.int32), num_slots, deterministic)
+    batch, seqlen_q, num_heads, _ = problem.q.shape
+    h_kv = problem.case.h_kv
+    return SplitPlan(items.to(DEVICE), splits.to(DEVICE), batch, seqlen_q, num_heads, h_kv, deterministic)
+
+
+def test_cases_are_split() -> None:
+    """The cases' lengths are long enough for a plan to cut them: else the tests would not see a merge."""
+    for why in ("ragged enough that", "causal, split", "causal, 64-row tiles", "two latent heads", "many rows"):
+        case = next(case for case in CASES if case.why.startswith(why))
+        q, kv_cache, block_table, lengths = make(case, TRITON_DTYPES[0]).arguments()
+        plan = flash_mla.plan_splits(
+            q, kv_cache, block_table, lengths, kv_lora_rank=case.kv_lora_rank, backend="triton"
+        )
+        assert int(plan.splits[:, 1].max()) > 1, why
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 4, 7, 40])
+@pytest.mark.parametrize("seqlen_q", [1, 2])
+def test_any_number_of_slots(num_slots: int, seqlen_q: int) -> None:
+    """One slot needs no merge; two hold the end of one request and the beginning of another; 40 are not all used."""
+    problem = make(Case("packed", (300, 700, 300), seqlen_q=seqlen_q), TRITON_DTYPES[0])
+    plan = plan_of(problem.case.lengths, num_slots, problem)
+    if num_slots == 2:
+        assert plan.items[:, 0].tolist() == [0, 1, -1, 1, 2]
     assert_right(problem, *run(problem, "triton", plan=plan))
+
+
+@BY_BACKEND
+def test_a_slot_begins_and_ends_with_parts_of_cut_requests(backend: str, dtype: torch.dtype) -> None:
+    """Both leave a partial result: at the slot's own index and at num_slots + slot."""
+    problem = make(Case("packed", (700,) * 5, num_heads=20), dtype)
+    plan = plan_of(problem.case.lengths, 4, problem)
+    first, num_parts = plan.splits.T.tolist()
+    ends = [slot + parts - 1 for slot, parts in zip(first, num_parts, strict=True)]
+    assert any(num_parts[r] > 1 and num_parts[r + 1] > 1 and ends[r] == first[r + 1] for r in range(4))
+    assert_right(problem, *run(problem, backend, plan=plan))
+
+
+@BY_BACKEND
+def test_deterministic_results_do_not_depend_on_the_batch(backend: str, dtype: torch.dtype) -> None:
+    """The same request, alone and beside others, bit by bit; long enough to be cut in two."""
+    problem = make(Case("beside others", (70, 2200, 0, 500), num_heads=2), dtype)
+    q, kv_cache, block_table, lengths = problem.arguments()
+    results = []
+    for rows in (slice(None), slice(1, 2)):
+        tensors = (q[rows], kv_cache, block_table[rows], lengths[rows])
+        plan = flash_mla.plan_splits(*tensors, kv_lora_rank=128, deterministic=True, backend=backend)
+        request = 1 if rows == slice(None) else 0
+        assert int(plan.splits[request, 1]) == 2
+        out, lse = flash_mla.decode(*tensors, **problem.options(), plan=plan, backend=backend)
+        results.append((out[request], lse[request]))
+        if request:
+            assert_right(problem, out, lse)
+    if backend != "torch":  # whose sums follow torch's own kernels
+        for beside, alone in zip(*results, strict=True):
+            assert torch.equal(beside, alone)
 
 
 def test_parts_without_tokens() -> None:
     """A plan with more parts than the request has units now: the empty parts weigh nothing."""
     problem = make(Case("short", (5,)), TRITON_DTYPES[0])
-    long = torch.tensor([64 * 6], dtype=torch.int32, device=DEVICE)
-    items, first_item = flash_mla.ops.torch_backend.plan(long, 6)
-    assert items[:, 2].tolist() == [6] * 6
-    assert_right(problem, *run(problem, "triton", plan=flash_mla.SplitPlan(items, first_item, 1, 1, 4, 1)))
+    plan = plan_of((64 * 16,), 16, problem)
+    assert plan.splits.tolist() == [[0, 16]]
+    assert_right(problem, *run(problem, "triton", plan=plan))
 
 
 @BY_BACKEND
@@ -216,7 +269,7 @@ def test_outputs_are_written_whole(backend: str, dtype: torch.dtype, monkeypatch
         made = empty(*args, **kwargs)  # type: ignore[call-overload]
         return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-7)
 
-    problem = make(Case("split and whole, empty too", (150, 0, 3), num_heads=10, seqlen_q=2), dtype)
+    problem = make(Case("split and whole, empty too", (400, 0, 3), num_heads=10, seqlen_q=2), dtype)
     monkeypatch.setattr(torch, "empty", poisoned)
     out, lse = run(problem, backend)
     monkeypatch.undo()

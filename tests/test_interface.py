@@ -99,24 +99,27 @@ def planned_decode(
     cache_seqlens: torch.Tensor,
     softmax_scale: float,
     items: torch.Tensor | None = None,
-    first_item: torch.Tensor | None = None,
+    splits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A backend that does exactly what its plan says: every part by itself, then the merge of each request's parts.
 
-    Part i of n is units [i * units // n, (i + 1) * units // n) of the live length. Not causal.
+    A part is units [units * begin >> 30, units * end >> 30) of the live length. Not causal.
     """
     assert items is not None
-    assert first_item is not None
+    assert splits is not None
+    num_slots = items.shape[0] - call.batch
     out = q.new_full((*q.shape[:3], call.kv_lora_rank), float("nan"))
     lse = q.new_full((call.batch, call.num_heads, call.seqlen_q), float("nan"))
     for b in range(call.batch):
         parts = []
-        for item in range(int(first_item[b]), int(first_item[b + 1])):
-            request, part, num_parts, begin = items[item].tolist()
-            assert (request, begin) == (b, int(first_item[b]))
-            assert num_parts == int(first_item[b + 1] - first_item[b])
+        first_slot, num_parts = splits[b].tolist()
+        for slot in range(first_slot, first_slot + num_parts):
+            # Part 0 is the slot's first item, or has a row of its own; later parts are first items.
+            item = items[slot] if slot > first_slot or items[slot, 0] == b else items[num_slots + b]
+            request, begin, end, _ = item.tolist()
+            assert request == b
             units = -(-int(cache_seqlens[b]) // PLAN_BLOCK)
-            first, last = (units * i // num_parts * PLAN_BLOCK for i in (part, part + 1))
+            first, last = ((units * cut >> 30) * PLAN_BLOCK for cut in (begin, end))
             tokens = range(first, min(last, int(cache_seqlens[b])))
             size = call.block_size
             rows = [kv_cache[block_table[b, t // size], t % size] for t in tokens]
@@ -137,22 +140,27 @@ def planned_decode(
 def planned(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """The only backend is one that follows its plan literally; it counts the plans and records what it was handed."""
     seen = types.SimpleNamespace(plans=0, items=[])
+    # Cuts that cost nothing, so that requests of two or three pages are cut.
+    monkeypatch.setattr(definition, "ITEM_COST", 1)
+    monkeypatch.setattr(definition, "CUT_COST", 0)
 
-    def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def plan(
+        cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         seen.plans += 1
-        return definition.plan(cache_seqlens, num_items)
+        return definition.plan(cache_seqlens, num_slots, deterministic)
 
     def decode(call: DecodeCall, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
-        q, kv_cache, block_table, cache_seqlens, softmax_scale, items, first_item = args
+        q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits = args
         if items is None:
-            items, first_item = plan(cache_seqlens, backend.num_items(call))
+            items, splits = plan(cache_seqlens, backend.num_slots(call))
         seen.items.append(items)
-        return planned_decode(call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, first_item)
+        return planned_decode(call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits)
 
     backend = types.SimpleNamespace(
         decode_refusals=lambda call: [],
         append_refusals=lambda call: [],
-        num_items=lambda call: call.batch + 4,
+        num_slots=lambda call: call.batch + 4,
         plan=plan,
         decode=decode,
     )
@@ -326,7 +334,7 @@ def test_batch_of_20000() -> None:
     lengths = tuple(1 + i % 7 for i in range(20000))
     call = make(lengths, num_heads=1, head_dim_v=2, rope=2, block_size=8)
     items, num_splits = get_mla_metadata(call.cache_seqlens, 1, 1)
-    assert num_splits.shape == (20001,)
+    assert num_splits.shape == (20000, 2)
     results = [call(items, num_splits), call(get_mla_metadata()[0]), call()]
     picked = torch.tensor([0, 6, 11622, 11623, 19999])
     some = Call(call.q[picked], call.k_cache, call.block_table[picked], call.cache_seqlens[picked], 2)
@@ -400,6 +408,7 @@ def test_copies_of_metadata_tensors_are_taken(planned: types.SimpleNamespace) ->
         for buffer, tensor in zip(buffers, metadata_of("1", call), strict=True):
             buffer.copy_(tensor)
         assert_same(call(*buffers), reference(call))
+        assert buffers[1].tolist() == ([[0, 1], [1, 3]] if lengths == (40, 150) else [[0, 4], [4, 1]])
 
 
 def test_layout_of_unknown_metadata_tensors_is_checked() -> None:
@@ -410,7 +419,7 @@ def test_layout_of_unknown_metadata_tensors_is_checked() -> None:
         (torch.zeros(2, 8, dtype=torch.int32), num_splits, "tile_scheduler_metadata must be"),  # upstream's layout
         (items.long(), num_splits, "tile_scheduler_metadata must be"),
         (items, num_splits.long(), "num_splits must be"),
-        (items, num_splits[:-1].clone(), r"num_splits must be contiguous int32 \[batch \+ 1 = 3\]"),
+        (items, num_splits[:-1].clone(), r"num_splits must be contiguous int32 \[batch=2, 2\]"),
         (items, None, "num_splits must be the tensor that came with"),
         (None, num_splits, "num_splits must be None unless"),
         (FlashMLASchedMeta(), num_splits, "num_splits must be None unless"),

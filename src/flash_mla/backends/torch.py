@@ -101,7 +101,8 @@ def _walk(units: list[int], num_slots: int, capacity: int) -> list[tuple[int, li
     requests = []
     slot, room = 0, capacity
     for left in units:
-        first_slot, ends, taken = slot, [], 0
+        ends: list[int] = []
+        first_slot, taken = slot, 0
         while left + ITEM_COST + (CUT_COST if ends else 0) > room:
             take = room - ITEM_COST - CUT_COST
             if take >= MIN_TAKE:

@@ -1,7 +1,7 @@
 """Portable GPU kernels in Triton: which calls they take, how they are cut into programs, and their launches.
 
-The device code is `triton_kernels.py`. It runs on any GPU that Triton compiles for, and on a CPU under
-TRITON_INTERPRET=1 (set before the first import), which is how it is tested without a GPU.
+The device code is `triton_kernels.py` and `triton_plan.py`. It runs on any GPU that Triton compiles for, and on a CPU
+under TRITON_INTERPRET=1 (set before the first import), which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -15,26 +15,40 @@ from typing import Any
 
 import torch
 
-from ..contract import LATENT_SHAPES, PLAN_BLOCK, AppendCall, DecodeCall
+from ..contract import (
+    CUT_COST,
+    FIXED_UNITS,
+    ITEM_COST,
+    LATENT_SHAPES,
+    MAX_PARTS,
+    MIN_TAKE,
+    PLAN_BLOCK,
+    PLAN_CANDIDATES,
+    AppendCall,
+    DecodeCall,
+    check_slots,
+)
 
 kernels: Any = None
+plans: Any = None
 INTERPRETED = False
 if importlib.util.find_spec("triton") is not None:
     import triton
 
     from . import triton_kernels as kernels
+    from . import triton_plan as plans
 
     INTERPRETED = not isinstance(kernels.decode_kernel, triton.JITFunction)
 
-__all__ = ["INTERPRETED", "append", "append_refusals", "decode", "decode_refusals", "num_items", "plan"]
+__all__ = ["INTERPRETED", "append", "append_refusals", "decode", "decode_refusals", "num_slots", "plan"]
 
 LOG2_E = math.log2(math.e)
 # As `triton_kernels` names them; plain integers, to be at hand without triton.
 FORM_PLAIN, FORM_ROWS, FORM_SWAPPED = 0, 1, 2
 # First Triton whose compilation of the wgmma forms was looked at.
 WGMMA_TRITON = (3, 4)
-# What the interpreter pretends to be: few processors, so that small cases split; Hopper, so that every form runs.
-INTERPRETER_SMS = 4
+# What the interpreter pretends to be: enough processors that small cases are cut; Hopper, so that every form runs.
+INTERPRETER_SMS = 16
 INTERPRETER_HAS_WGMMA = True
 
 
@@ -138,16 +152,12 @@ def append_refusals(call: AppendCall) -> list[str]:
     return _platform_refusals(call.device_type, call.dtype, dtypes) + _shape_refusals(call)
 
 
-def num_items(call: DecodeCall) -> int:
-    """Size of a split plan: parts to fill the device once, and spare ones that cut the longest of uneven requests.
-
-    With fewer than two parts per request, requests of equal length stay whole.
-    """
+def num_slots(call: DecodeCall) -> int:
+    """Slots of a split plan: as many programs of a row tile each as run at once, and at least one."""
     device = device_of(call.device_type, call.device_index)
     schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
     tiles = call.h_kv * -(-call.rows // schedule.block_m)
-    wave = device.num_sms * schedule.programs_per_sm // tiles
-    return max(wave, call.batch + min(max(call.batch - 1, 0), 4 * wave))
+    return max(1, device.num_sms * schedule.programs_per_sm // tiles)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -157,16 +167,33 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def plan(cache_seqlens: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan of `backends.torch.plan`, the same integers, in one launch. Reads device memory only."""
+def plan(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deal the requests out to slots, in one launch; arguments, results and rule as `backends.torch.plan`.
+
+    Reads device memory only.
+    """
     batch = cache_seqlens.shape[0]
-    items = torch.empty((num_items, 4), dtype=torch.int32, device=cache_seqlens.device)
-    first_item = torch.empty((batch + 1,), dtype=torch.int32, device=cache_seqlens.device)
+    check_slots(batch, num_slots, deterministic)
+    rows = num_slots + batch
+    items = torch.empty((rows, 4), dtype=torch.int32, device=cache_seqlens.device)
+    splits = torch.empty((batch, 2), dtype=torch.int32, device=cache_seqlens.device)
+    arguments = (cache_seqlens, items, splits, cache_seqlens.stride(0), batch, num_slots)
     with _on(cache_seqlens.device):
-        kernels.plan_kernel[(1,)](
-            cache_seqlens, items, first_item, cache_seqlens.stride(0), batch, num_items, UNIT=PLAN_BLOCK, BLOCK=1024
-        )
-    return items, first_item
+        if deterministic:
+            plans.plan_fixed_kernel[(-(-rows // 256),)](
+                *arguments, UNIT=PLAN_BLOCK, MAX_PARTS=MAX_PARTS, FIXED_UNITS=FIXED_UNITS, BLOCK=256
+            )
+        else:
+            plans.plan_kernel[(1,)](
+                *arguments,
+                UNIT=PLAN_BLOCK,
+                ITEM_COST=ITEM_COST,
+                CUT_COST=CUT_COST,
+                MIN_TAKE=MIN_TAKE,
+                CANDIDATES=PLAN_CANDIDATES,
+                BLOCK=512,
+            )
+    return items, splits
 
 
 def decode(
@@ -177,9 +204,9 @@ def decode(
     cache_seqlens: torch.Tensor,
     softmax_scale: float,
     items: torch.Tensor | None = None,
-    first_item: torch.Tensor | None = None,
+    splits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split-KV attention over the pages: one launch, a second one that merges if the plan has room for splits.
+    """Split-KV attention over the pages: one launch, a second one that merges if the plan has slots to cut for.
 
     Shapes as in `contract.check_decode`; returns as `backends.torch.decode`. A `q` whose last stride is not 1 is
     copied; the pool never is.
@@ -188,28 +215,29 @@ def decode(
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=q.device)
     if call.batch == 0:
         return out, lse
-    if items is None or first_item is None:
-        items, first_item = plan(cache_seqlens, num_items(call))
+    if items is None or splits is None:
+        items, splits = plan(cache_seqlens, num_slots(call))
     if q.stride(3) != 1:
         q = q.contiguous()
     device = device_of(call.device_type, call.device_index)
     schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
-    parts = items.shape[0]
-    splits = parts > call.batch
-    # Without splits the two are never touched; out and lse stand in for them.
+    rows_of_plan = items.shape[0]
+    slots = rows_of_plan - call.batch
+    # Nothing is cut for one slot: the two are never touched, and out and lse stand in for them.
     o_partial, lse_partial = out, lse
-    if splits:
-        o_partial = torch.empty((parts, *out.shape[1:]), dtype=torch.float32, device=q.device)
-        lse_partial = torch.empty((parts, *out.shape[1:3]), dtype=torch.float32, device=q.device)
+    if slots > 1:
+        o_partial = torch.empty((2 * slots, *out.shape[1:]), dtype=torch.float32, device=q.device)
+        lse_partial = torch.empty((2 * slots, *out.shape[1:3]), dtype=torch.float32, device=q.device)
     row_tiles = -(-call.rows // schedule.block_m)
     tiles = row_tiles * call.h_kv
     with _on(q.device):
-        kernels.decode_kernel[(parts * tiles,)](
+        kernels.decode_kernel[(rows_of_plan * tiles,)](
             q,
             kv_cache,
             block_table,
             cache_seqlens,
             items,
+            splits,
             out,
             lse,
             o_partial,
@@ -225,6 +253,7 @@ def decode(
             call.num_heads // call.h_kv,
             row_tiles,
             tiles,
+            slots,
             call.block_size,
             KV_STRIDE_TOKEN=kv_cache.stride(1),
             CAUSAL=call.causal and call.seqlen_q > 1,
@@ -238,22 +267,23 @@ def decode(
             num_warps=schedule.num_warps,
             num_stages=schedule.num_stages,
         )
-        if splits:
+        if slots > 1:
             rows = call.seqlen_q * call.num_heads
             # Few rows: many small programs, for latency. Many: whole rows, so that unsplit requests cost few programs.
             few = call.batch * rows <= 1024
             block_rows, block_d = (1, 128) if few else (4, call.kv_lora_rank)
             # All parts of a request in flight at once, if the registers last.
-            block_parts = min(64, triton.next_power_of_2(-(-parts // call.batch))) if few else 2
+            block_parts = min(64, triton.next_power_of_2(-(-slots // call.batch))) if few else 2
             grid = (call.batch * -(-rows // block_rows) * (call.kv_lora_rank // block_d),)
             kernels.merge_kernel[grid](
-                first_item,
+                splits,
                 out,
                 lse,
                 o_partial,
                 lse_partial,
                 call.seqlen_q,
                 call.num_heads,
+                slots,
                 KV_LORA_RANK=call.kv_lora_rank,
                 BLOCK_ROWS=block_rows,
                 BLOCK_D=block_d,

@@ -12,7 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FORM_PLAIN", "FORM_ROWS", "FORM_SWAPPED", "append_kernel", "decode_kernel", "merge_kernel", "plan_kernel"]
+__all__ = ["FORM_PLAIN", "FORM_ROWS", "FORM_SWAPPED", "append_kernel", "decode_kernel", "merge_kernel"]
+
+# The cut point behind the last unit of a request: fractions in 2^-30, see contract.PLAN_WHOLE.
+WHOLE = tl.constexpr(2**30)
 
 # How the two products are written down, because Triton chooses instructions and order from that.
 FORM_PLAIN = tl.constexpr(0)  # S and O as above, for mma.sync: any GPU, BLOCK_M 16 or 32
@@ -48,11 +51,12 @@ def decode_kernel(
     kv_cache,  # [num_blocks, block_size, h_kv, D_QK]; strides in elements, the last one is 1
     block_table,  # int32 [batch, max_blocks]
     cache_seqlens,  # int32 [batch]
-    items,  # int32 [num_items, 4]: request, part, num_parts, first item of the request; request -1 = unused
+    items,  # int32 [num_slots + batch, 4]: request (-1 = unused), begin, end, next; the last is not used here
+    splits,  # int32 [batch, 2]: slot of the first part, number of parts
     out,  # [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
     lse,  # fp32 [batch, num_heads, seqlen_q], contiguous, natural log
-    o_partial,  # fp32 [num_items, seqlen_q, num_heads, KV_LORA_RANK], contiguous; rows of split requests only
-    lse_partial,  # fp32 [num_items, seqlen_q, num_heads], contiguous, log2
+    o_partial,  # fp32 [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], contiguous; rows of cut requests only
+    lse_partial,  # fp32 [2 * num_slots, seqlen_q, num_heads], contiguous, log2
     q_stride_batch,
     q_stride_token,
     q_stride_head,
@@ -67,6 +71,7 @@ def decode_kernel(
     group,  # query heads per latent head
     row_tiles,  # programs per item and latent head
     tiles,  # programs per item
+    num_slots,
     block_size,
     KV_STRIDE_TOKEN: tl.constexpr,  # a constant, so that the rows of a tile share one address
     CAUSAL: tl.constexpr,
@@ -84,14 +89,14 @@ def decode_kernel(
     request = tl.load(items + item * 4)
     if request < 0:
         return
-    part = tl.load(items + item * 4 + 1)
-    num_parts = tl.load(items + item * 4 + 2)
+    begin_cut = tl.load(items + item * 4 + 1)
+    end_cut = tl.load(items + item * 4 + 2)
     length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride)
 
     # The token range comes from the length of now, not from the plan: parts cover the request whatever the plan saw.
-    units = (length + (UNIT - 1)) // UNIT
-    begin = ((units.to(tl.int64) * part) // num_parts).to(tl.int32) * UNIT
-    end = tl.minimum(((units.to(tl.int64) * (part + 1)) // num_parts).to(tl.int32) * UNIT, length)
+    units = ((length + (UNIT - 1)) // UNIT).to(tl.int64)
+    begin = ((units * begin_cut) >> 30).to(tl.int32) * UNIT
+    end = tl.minimum(((units * end_cut) >> 30).to(tl.int32) * UNIT, length)
 
     kv_head = tile // row_tiles
     row = (tile % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -188,27 +193,32 @@ def decode_kernel(
     seen = row_sum > 0.0
     acc = acc * tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)[:, None]
     log_sum = row_max + tl.log2(tl.where(seen, row_sum, 1.0))  # log2; -inf where nothing is visible
-    if num_parts == 1:
+    if end_cut - begin_cut == WHOLE:
         out_row = (request.to(tl.int64) * seqlen_q + token_q) * num_heads + head
         tl.store(out + out_row[:, None] * KV_LORA_RANK + column[None, :], acc.to(out.dtype.element_ty), is_row[:, None])
         lse_row = (request.to(tl.int64) * num_heads + head) * seqlen_q + token_q
         natural = log_sum * 0.6931471805599453  # ln 2
         tl.store(lse + lse_row, tl.where(seen, natural, float("inf")), is_row)
     else:
-        partial_row = (item.to(tl.int64) * seqlen_q + token_q) * num_heads + head
+        # A later part is the first item of its slot; the first part may share that slot with a later part of another.
+        partial = item
+        if begin_cut == 0:
+            partial = num_slots + tl.load(splits + request * 2)
+        partial_row = (partial.to(tl.int64) * seqlen_q + token_q) * num_heads + head
         tl.store(o_partial + partial_row[:, None] * KV_LORA_RANK + column[None, :], acc, is_row[:, None])
         tl.store(lse_partial + partial_row, log_sum, is_row)
 
 
 @triton.jit
 def merge_kernel(
-    first_item,  # int32 [batch + 1]
+    splits,  # int32 [batch, 2]: slot of the first part, number of parts
     out,  # [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
     lse,  # fp32 [batch, num_heads, seqlen_q], contiguous, natural log
-    o_partial,  # fp32 [num_items, seqlen_q, num_heads, KV_LORA_RANK]
-    lse_partial,  # fp32 [num_items, seqlen_q, num_heads], log2
+    o_partial,  # fp32 [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK]
+    lse_partial,  # fp32 [2 * num_slots, seqlen_q, num_heads], log2
     seqlen_q,
     num_heads,
+    num_slots,
     KV_LORA_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # query rows (token, head) of one request per program
     BLOCK_D: tl.constexpr,  # columns per program
@@ -222,8 +232,8 @@ def merge_kernel(
     chunk = tl.program_id(0) // column_chunks % chunks
     column_chunk = tl.program_id(0) % column_chunks
     column = column_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(first_item + request)
-    num_parts = tl.load(first_item + request + 1) - first
+    first = tl.load(splits + request * 2)
+    num_parts = tl.load(splits + request * 2 + 1)
     if num_parts > 1:
         row = chunk * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         is_row = row < rows
@@ -232,7 +242,8 @@ def merge_kernel(
         acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
         for start in range(0, num_parts, BLOCK_PARTS):
             part = start + tl.arange(0, BLOCK_PARTS)
-            partial_row = (first + part).to(tl.int64)[:, None] * rows + row[None, :]
+            partial = first + part + tl.where(part == 0, num_slots, 0)
+            partial_row = partial.to(tl.int64)[:, None] * rows + row[None, :]
             is_part = (part < num_parts)[:, None] & is_row[None, :]
             part_lse = tl.load(lse_partial + partial_row, is_part, other=float("-inf"))  # [BLOCK_PARTS, BLOCK_ROWS]
             o_row = o_partial + partial_row[:, :, None] * KV_LORA_RANK + column[None, None, :]
@@ -252,74 +263,6 @@ def merge_kernel(
         lse_row = (request.to(tl.int64) * num_heads + row % num_heads) * seqlen_q + row // num_heads
         if column_chunk == 0:  # every column chunk computes it, one stores it
             tl.store(lse + lse_row, tl.where(seen, natural, float("inf")), is_row)
-
-
-@triton.jit(do_not_specialize=["batch", "num_items"])
-def plan_kernel(
-    cache_seqlens,  # int32 [batch]
-    items,  # int32 [num_items, 4]
-    first_item,  # int32 [batch + 1]
-    seqlens_stride,
-    batch,
-    num_items,
-    UNIT: tl.constexpr,  # tokens
-    BLOCK: tl.constexpr,  # requests, or items, at a time
-):
-    """One program: the smallest part length (in units) whose parts fit into num_items, then the parts in order."""
-    lane = tl.arange(0, BLOCK)
-    longest = tl.full([], 1, tl.int32)
-    for start in range(0, batch, BLOCK):
-        request = start + lane
-        length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
-        longest = tl.maximum(longest, tl.max((tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT, 0).to(tl.int32))
-
-    low = tl.full([], 0, tl.int32)  # does not fit, or is zero
-    high = longest  # one part each: always fits
-    while high - low > 1:
-        middle = (low + high) // 2
-        total = tl.full([], 0, tl.int64)
-        for start in range(0, batch, BLOCK):
-            request = start + lane
-            length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
-            units = (tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT
-            parts = tl.maximum((units + middle - 1) // middle, 1)
-            total += tl.sum(tl.where(request < batch, parts, 0), 0)
-        fits = total <= num_items
-        low = tl.where(fits, low, middle)
-        high = tl.where(fits, middle, high)
-
-    count = tl.full([], 0, tl.int32)
-    for start in range(0, batch, BLOCK):
-        request = start + lane
-        length = tl.load(cache_seqlens + request.to(tl.int64) * seqlens_stride, request < batch, other=0)
-        units = ((tl.maximum(length, 0).to(tl.int64) + (UNIT - 1)) // UNIT).to(tl.int32)
-        parts = tl.where(request < batch, tl.maximum((units + high - 1) // high, 1), 0)
-        tl.store(first_item + request, count + tl.cumsum(parts, 0) - parts, request < batch)
-        count += tl.sum(parts, 0)
-    tl.store(first_item + batch, count)
-    tl.debug_barrier()  # other threads of this program read first_item next
-
-    for start in range(0, num_items, BLOCK):
-        index = start + lane
-        used = index < count
-        # Last request whose first item is not after this one.
-        below = tl.zeros([BLOCK], tl.int32)
-        above = tl.zeros([BLOCK], tl.int32) + batch
-        span = batch
-        while span > 1:
-            middle = (below + above) // 2
-            goes_right = tl.load(first_item + middle, used, other=0) <= index
-            below = tl.where(goes_right, middle, below)
-            above = tl.where(goes_right, above, middle)
-            span = (span + 1) // 2
-        begin = tl.load(first_item + below, used, other=0)
-        parts = tl.load(first_item + below + 1, used, other=0) - begin
-        row = items + index * 4
-        is_item = index < num_items
-        tl.store(row, tl.where(used, below, -1), is_item)
-        tl.store(row + 1, tl.where(used, index - begin, -1), is_item)
-        tl.store(row + 2, tl.where(used, parts, -1), is_item)
-        tl.store(row + 3, tl.where(used, begin, -1), is_item)
 
 
 @triton.jit
