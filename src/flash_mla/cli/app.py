@@ -18,7 +18,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes 
 app.add_typer(bench, name="bench")
 
 # Into a file or a pipe a table keeps its rows whole; rich would wrap it at 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else 180)
 
 RESULTS = Path("benchmarks/results")
 Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
