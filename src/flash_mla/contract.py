@@ -91,6 +91,7 @@ class DecodeCall:
     kv_cache_strides: tuple[int, ...]
     block_table_strides: tuple[int, ...]
     causal: bool
+    kv_cache_misalignment: int = 0  # bytes past the last multiple of 16
 
     @property
     def rows(self) -> int:
@@ -129,6 +130,10 @@ def _fail(function: str, argument: str, must: str, came: object) -> ValueError:
 
 def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+
+
+def _misalignment(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() % 16 if tensor.device.type == "cuda" else 0
 
 
 def _check_pool(function: str, kv_cache: torch.Tensor) -> None:
@@ -202,6 +207,7 @@ def check_decode(
         kv_cache_strides=kv_cache.stride(),
         block_table_strides=block_table.stride(),
         causal=causal,
+        kv_cache_misalignment=_misalignment(kv_cache),
     )
 
 

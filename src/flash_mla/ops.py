@@ -35,11 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def _load_backends() -> dict[str, ModuleType]:
+    from .backends import cuda as cuda_backend
     from .backends import triton as triton_backend
 
     if triton_backend.INTERPRETED:  # a test tool: right and slow, so for those that ask for it by name
-        return {"torch": torch_backend, "triton": triton_backend}
-    return {"triton": triton_backend, "torch": torch_backend}
+        return {"cuda": cuda_backend, "torch": torch_backend, "triton": triton_backend}
+    return {"cuda": cuda_backend, "triton": triton_backend, "torch": torch_backend}
 
 
 BACKENDS = _load_backends()
@@ -276,7 +277,7 @@ def decode(
         softmax_scale: multiplier of the scores before softmax. There is no default: `d_qk**-0.5` is wrong for a model.
         causal: query j sees keys before `len - (seqlen_q - 1 - j)` (bottom-right aligned). No effect at seqlen_q = 1.
         plan: from `plan_splits` for the same shapes, or None to plan inside. It may be older than the lengths.
-        backend: "triton" or "torch", obeyed or refused; None takes the first that accepts and says which at INFO.
+        backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts and says which at INFO.
     Returns: out `[batch, seqlen_q, num_heads, kv_lora_rank]`, dtype of `q`, 0 where nothing is visible; lse
         `[batch, num_heads, seqlen_q]`, fp32 (fp64 for fp64), natural log, +inf where nothing is visible.
     Raises: ValueError: wrong shapes, dtypes or devices, or a plan of another shape. UnsupportedError: no backend
@@ -338,7 +339,7 @@ def append(
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset. Must lie inside the pool (not checked here).
             Tokens that nobody may read go to a page that no table names; otherwise
             two tokens of one call share a slot only if their rows are equal.
-        backend: "triton" or "torch", obeyed or refused; None takes the first that accepts.
+        backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts.
     Raises: ValueError: wrong shapes, dtypes or devices. UnsupportedError: no backend accepts.
     No host sync; capturable in a CUDA graph.
     """
@@ -388,7 +389,10 @@ def _decode_op(
 
 def _plan_op(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool) -> tuple[torch.Tensor, torch.Tensor]:
     # The backends for GPUs make the same integers, so any of them serves whichever runs decode.
-    module = BACKENDS["triton"] if cache_seqlens.device.type == "cuda" else torch_backend
+    if cache_seqlens.device.type != "cuda":
+        module: ModuleType = torch_backend
+    else:
+        module = BACKENDS["cuda" if BACKENDS["cuda"].runs_on(cache_seqlens.get_device()) else "triton"]
     result: tuple[torch.Tensor, torch.Tensor] = module.plan(cache_seqlens, num_slots, deterministic)
     return result
 

@@ -1,1 +1,7 @@
-"""Compiled Hopper (sm_90a) kernels, launched through the NVIDIA driver."""
+"""The compiled Hopper kernels (`kernels/*.cu`), launched through the NVIDIA driver without torch's C++ or a compiler."""
+
+from .append import append, append_refusals
+from .decode import decode, decode_refusals, num_slots, runs_on
+from .plan import plan
+
+__all__ = ["append", "append_refusals", "decode", "decode_refusals", "num_slots", "plan", "runs_on"]

@@ -1,0 +1,623 @@
+// Decode attention over a paged latent cache (MLA, absorbed form) on Hopper, any number of heads.
+//
+// One CTA = 64 query rows (a row is a query token's head) x a list of items; an item is a part of one request. Per
+// unit of 64 cached tokens:
+//   S = Q K^T                     64 x D_QK . D_QK x 64            K = the whole latent row
+//   P = 2^(S * scale - m)         64 x 64
+//   O = O * alpha + P V           64 x 64 . 64 x KV_LORA_RANK      V = its first KV_LORA_RANK columns
+// K and V are the same bytes in shared memory: a unit is read from HBM once (72 KiB at 512 + 64).
+//
+// Three warpgroups. `score` holds Q in registers (31 of 36 steps of 16 columns), computes S and P, and is the critical
+// chain; two `value` warpgroups hold half of O's columns each (64 x 256 fp32 = 128 registers). The first value
+// warpgroup's first thread is the producer: it issues TMA for a ring slot when both value warpgroups have left it.
+// Ring entries, in order, per item: Q, then its units. P(j) overwrites the rotated-key tile of unit j, which nothing
+// reads after S(j). Barriers, all with one phase per ring entry:
+//   full[slot]    producer -> score     Q or unit has arrived
+//   p_full[slot]  score -> value        P is stored (Q entry: Q is in registers)
+//   empty[slot]   value -> producer     nobody reads the slot any more (Q entry: score -> producer)
+// docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
+#include "params.cuh"
+#include "wgmma.cuh"
+
+constexpr int BLOCK_M = 64;   // query rows
+constexpr int BLOCK_N = 64;   // tokens in a unit; the split plan counts in the same unit (contract.PLAN_BLOCK)
+constexpr int TILE_COLUMNS = 64;
+constexpr int TILE_BYTES = BLOCK_N * TILE_COLUMNS * 2;  // 64 rows x 128 bytes, 128-byte swizzle
+static_assert(TILE_BYTES == 8192);
+
+constexpr int WARPGROUP = 128;
+constexpr int NUM_THREADS = 3 * WARPGROUP;
+// 65,536 registers / 384 threads = 170 -> 168 at launch: 504 per lane over the three warpgroups. m64n256 needs >= 154.
+constexpr int SCORE_REGISTERS = 184;
+constexpr int VALUE_REGISTERS = 160;
+static_assert(SCORE_REGISTERS + 2 * VALUE_REGISTERS <= 504);
+
+constexpr int SHARED_LIMIT = 232448;  // bytes that a CTA may have on Hopper
+// A reference maximum is kept until a score exceeds it by 2^8: then P is at most 256, and O and the sums lose nothing.
+constexpr float RESCALE_ABOVE = 8.f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Named barriers; 0 is __syncthreads.
+enum NamedBarrier : int { BARRIER_SCORE = 1, BARRIER_VALUE = 2 };  // and BARRIER_VALUE + 1
+
+template <int KV_LORA_RANK_, int QK_ROPE_HEAD_DIM_, int STAGES_, bool IS_BF16_>
+struct Shape {
+  static constexpr int KV_LORA_RANK = KV_LORA_RANK_;
+  static constexpr int D_QK = KV_LORA_RANK_ + QK_ROPE_HEAD_DIM_;
+  static constexpr bool IS_BF16 = IS_BF16_;
+  static constexpr int STAGES = STAGES_;
+  static constexpr int V_TILES = KV_LORA_RANK / TILE_COLUMNS;
+  static constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns, zero-filled from QK_ROPE_HEAD_DIM on
+  static constexpr int STEPS = D_QK / 16;    // steps of S over 16 columns
+  static constexpr int REGISTER_STEPS = STEPS < 31 ? STEPS : 31;  // 32 do not fit into SCORE_REGISTERS
+  static constexpr bool HAS_Q_TAIL = STEPS > REGISTER_STEPS;
+  static constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;  // of O, per value warpgroup
+  // Sums of an item stay until its last unit is left; entries of STAGES - 1 later ones may be in work, 2 or more each.
+  static constexpr int SUM_BUFFERS = (STAGES - 1) / 2 + 1;
+  static_assert(!HAS_Q_TAIL || (STEPS == 36 && QK_ROPE_HEAD_DIM_ == 64));
+  static_assert(QK_ROPE_HEAD_DIM_ <= TILE_COLUMNS && D_QK % 16 == 0 && KV_LORA_RANK % (2 * TILE_COLUMNS) == 0);
+};
+
+// What a CTA works on, for all roles. Row r of the tile is query (first_row + r) / group, head kv_head * group +
+// (first_row + r) % group of its request.
+struct Cta {
+  int plan_slot;
+  int kv_head;
+  int first_row;
+};
+
+// The producer's walk over all ring entries of the CTA, STAGES ahead of its warpgroup. In shared memory because the
+// accumulators leave a value warpgroup 32 registers for everything else.
+struct ProducerState {
+  int row;  // of the plan, after the item in work; -1 = none
+  int request;
+  int length;     // tokens
+  int unit;       // next to load
+  int units_end;  // == unit: nothing left
+  int page;       // of `unit`, looked up ahead where a unit lies within one page
+  int needs_q;    // the item's Q comes first
+};
+
+template <class S>
+struct alignas(1024) Shared {
+  uint8_t ring[S::STAGES][S::TILES][TILE_BYTES];
+  uint8_t q_rope[S::HAS_Q_TAIL ? TILE_BYTES : 16];        // Q's steps 32..35, 128-byte swizzle
+  uint8_t q_step[S::HAS_Q_TAIL ? BLOCK_M * 16 * 2 : 16];  // Q's step 31, no swizzle
+  float inverse_sum[S::SUM_BUFFERS][BLOCK_M];
+  uint16_t alpha[S::STAGES][BLOCK_M];  // upper halves of fp32 powers of two
+  uint64_t full[S::STAGES];
+  uint64_t p_full[S::STAGES];
+  uint64_t empty[S::STAGES];
+  ProducerState producer;
+  Cta cta;
+};
+
+// Position in the ring and the parity of the barriers' phase that belongs to the entry, in one register.
+template <class S>
+struct Position {
+  int packed = 0;  // 2 * slot + parity
+  __device__ __forceinline__ int slot() const { return packed >> 1; }
+  __device__ __forceinline__ uint32_t phase() const { return packed & 1; }
+  __device__ __forceinline__ void advance() {
+    packed += 2;
+    if (packed >= 2 * S::STAGES) packed = (packed & 1) ^ 1;
+  }
+};
+
+// What every role derives for itself from the plan and the live length; again when it is needed again, from L1.
+struct Item {
+  int request;
+  int first_unit;
+  int num_units;
+  int length;  // tokens
+  bool is_whole;
+  bool is_begin;  // of the request
+  int next;
+
+  // Index of the partial result of a cut request: first parts lie behind all slots.
+  __device__ __forceinline__ int partial(const DecodeParams& params, const Cta& cta) const {
+    return is_begin ? params.num_slots + cta.plan_slot : cta.plan_slot;
+  }
+};
+
+__device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
+  const int4 plan = ld_global_nc(reinterpret_cast<const int4*>(params.items) + row);
+  Item item;
+  item.request = plan.x;
+  item.next = plan.w;
+  if (plan.x < 0) return item;
+  const int length = ld_global_nc(params.cache_seqlens + plan.x * params.seqlens_stride);
+  item.length = length < 0 ? 0 : length;
+  const uint64_t units = ((uint32_t)item.length + BLOCK_N - 1) / BLOCK_N;
+  item.first_unit = (int)(units * (uint32_t)plan.y >> 30);
+  item.num_units = (int)(units * (uint32_t)plan.z >> 30) - item.first_unit;
+  item.is_begin = plan.y == 0;
+  item.is_whole = item.is_begin && plan.z == PLAN_WHOLE;
+  return item;
+}
+
+// Row of the tile of a thread's first accumulators; its others are 8 further down.
+__device__ __forceinline__ int accumulator_row() {
+  const int thread = thread_index() % WARPGROUP;
+  return thread / 32 * 16 + thread % 32 / 4;
+}
+
+// --- producer -------------------------------------------------------------------------------------------------------
+
+template <class S>
+__device__ __forceinline__ int page_of(const DecodeParams& params, int request, int token) {
+  return __ldg(params.block_table + request * params.table_stride_request +
+               token / params.block_size * params.table_stride_page);
+}
+
+// Moves the walk to the next item that has units.
+template <class S>
+__device__ __forceinline__ void next_item(const DecodeParams& params, Shared<S>& shared) {
+  ProducerState& state = shared.producer;
+  for (int row = state.row; row >= 0;) {
+    const Item item = load_item(params, row);
+    if (item.request < 0) break;
+    row = item.next;
+    if (item.num_units > 0) {
+      state.row = row;
+      state.request = item.request;
+      state.length = item.length;
+      state.unit = item.first_unit;
+      state.units_end = item.first_unit + item.num_units;
+      state.needs_q = 1;
+      if (params.box_rows == BLOCK_N) state.page = page_of<S>(params, item.request, item.first_unit * BLOCK_N);
+      return;
+    }
+  }
+  state.row = -1;
+  state.needs_q = 0;
+  state.unit = state.units_end = 0;  // nothing left
+}
+
+// Loads the next entry, if there is one, into `slot`; `parity` is that of the phase in which the slot was left.
+template <class S>
+__device__ __forceinline__ void produce(const DecodeParams& params, Shared<S>& shared, int slot, uint32_t parity) {
+  ProducerState& state = shared.producer;
+  const int unit = state.unit;
+  if (unit == state.units_end) return;
+  mbarrier_wait(shared.empty[slot], parity);
+  uint64_t& full = shared.full[slot];
+  if (state.needs_q) {
+    state.needs_q = 0;
+    mbarrier_arrive_expect_tx(full, S::TILES * TILE_BYTES);
+#pragma unroll 1
+    for (int t = 0; t < S::TILES; ++t) {
+      tma_load_4d(shared.ring[slot][t], params.q_map, full, t * TILE_COLUMNS, shared.cta.first_row,
+                  shared.cta.kv_head, state.request);
+    }
+    return;
+  }
+  const int token = unit * BLOCK_N;
+  if (params.box_rows == BLOCK_N) {
+    mbarrier_arrive_expect_tx(full, S::TILES * TILE_BYTES);
+    const int page = state.page;
+#pragma unroll 1
+    for (int t = 0; t < S::TILES; ++t) {
+      tma_load_4d(shared.ring[slot][t], params.kv_map, full, t * TILE_COLUMNS, token % params.block_size,
+                  shared.cta.kv_head, page);
+    }
+  } else {
+    // Boxes past the length are left out: their pages may not be looked up.
+    const int boxes = min(BLOCK_N, state.length - token + params.box_rows - 1) / params.box_rows;
+    mbarrier_arrive_expect_tx(full, boxes * params.box_rows * TILE_COLUMNS * 2 * S::TILES);
+    for (int box = 0; box < boxes; ++box) {
+      const int first = token + box * params.box_rows;
+      const int page = page_of<S>(params, state.request, first);
+  #pragma unroll 1
+    for (int t = 0; t < S::TILES; ++t) {
+        tma_load_4d(shared.ring[slot][t] + box * params.box_rows * TILE_COLUMNS * 2, params.kv_map, full,
+                    t * TILE_COLUMNS, first % params.block_size, shared.cta.kv_head, page);
+      }
+    }
+  }
+  if (unit + 1 == state.units_end) {
+    next_item<S>(params, shared);
+  } else {
+    state.unit = unit + 1;
+    if (params.box_rows == BLOCK_N) state.page = page_of<S>(params, state.request, token + BLOCK_N);
+  }
+}
+
+// --- score: S = Q K^T and P -----------------------------------------------------------------------------------------
+
+// Copies Q from its ring slot: REGISTER_STEPS as wgmma A fragments, the rest to shared memory.
+template <class S>
+__device__ __forceinline__ void take_q(Shared<S>& shared, int slot, uint32_t (&q)[S::REGISTER_STEPS][4]) {
+  const int thread = thread_index() % WARPGROUP;
+  const int warp = thread / 32, lane = thread % 32;
+  const int matrix = lane / 8;
+  const int row = warp * 16 + (matrix & 1) * 8 + lane % 8;
+  const uint32_t tiles = shared_address(shared.ring[slot]);
+#pragma unroll
+  for (int step = 0; step < S::REGISTER_STEPS; ++step) {
+    const int chunk = 2 * (step % 4) + (matrix >> 1);  // of 16 bytes, in a row of 128
+    ldmatrix_x4(q[step], tiles + step / 4 * TILE_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4));
+  }
+  if constexpr (S::HAS_Q_TAIL) {
+    const uint4* rope = reinterpret_cast<const uint4*>(shared.ring[slot][S::V_TILES]);
+#pragma unroll
+    for (int i = 0; i < TILE_BYTES / 16 / WARPGROUP; ++i) {
+      reinterpret_cast<uint4*>(shared.q_rope)[i * WARPGROUP + thread] = rope[i * WARPGROUP + thread];
+    }
+    // Step 31 is the last quarter of the last V tile: two chunks per row, to core matrices of 8 rows x 16 bytes.
+    const int tail_row = thread / 2, half = thread % 2;
+    const uint4 value = *reinterpret_cast<const uint4*>(shared.ring[slot][S::V_TILES - 1] + tail_row * 128 +
+                                                        (((6 + half) ^ (tail_row & 7)) << 4));
+    *reinterpret_cast<uint4*>(shared.q_step + tail_row / 8 * 256 + half * 128 + tail_row % 8 * 16) = value;
+    fence_proxy_async();
+    bar_sync(BARRIER_SCORE, WARPGROUP);
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void score_unit(Shared<S>& shared, int slot, const uint32_t (&q)[S::REGISTER_STEPS][4],
+                                           float (&s)[32]) {
+  const uint64_t keys = matrix_descriptor(shared_address(shared.ring[slot]), 0, 1024, Swizzle::B128);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < S::REGISTER_STEPS; ++step) {
+    wgmma_m64n64k16_registers<S::IS_BF16>(s, q[step], advance(keys, step / 4 * TILE_BYTES + step % 4 * 32), step > 0);
+  }
+  if constexpr (S::HAS_Q_TAIL) {
+    const uint64_t q_step = matrix_descriptor(shared_address(shared.q_step), 128, 256, Swizzle::NONE);
+    wgmma_m64n64k16_shared<S::IS_BF16>(s, q_step, advance(keys, 7 * TILE_BYTES + 3 * 32), true);
+    const uint64_t q_rope = matrix_descriptor(shared_address(shared.q_rope), 0, 1024, Swizzle::B128);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma_m64n64k16_shared<S::IS_BF16>(s, advance(q_rope, step * 32), advance(keys, 8 * TILE_BYTES + step * 32),
+                                         true);
+    }
+  }
+  wgmma_commit_group();
+}
+
+// Writes the log-sums of an item's rows; `sum` is complete in every lane of a row's four.
+__device__ __forceinline__ void store_log_sums(const DecodeParams& params, const Item& item, const Cta& tile,
+                                               const float (&reference)[2], const float (&sum)[2]) {
+  const int thread = thread_index() % WARPGROUP;
+  if (thread % 4 != 0) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = tile.first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+    if (row >= params.seqlen_q * params.group) return;
+    const int query = row / params.group;
+    const int head = tile.kv_head * params.group + row % params.group;
+    const float log_sum = reference[half] + lg2(sum[half]);
+    if (item.is_whole) {
+      const int64_t index = ((int64_t)item.request * params.num_heads + head) * params.seqlen_q + query;
+      params.lse[index] = sum[half] > 0.f ? log_sum * LN_2 : infinity();
+    } else {
+      const int64_t index = ((int64_t)item.partial(params, tile) * params.seqlen_q + query) * params.num_heads + head;
+      params.lse_partial[index] = sum[half] > 0.f ? log_sum : -infinity();
+    }
+  }
+}
+
+// Tokens of a request that row `row` of the tile may see; queries are aligned to the end.
+__device__ __forceinline__ int visible_tokens(const DecodeParams& params, int length, int row) {
+  return params.is_causal ? length - (params.seqlen_q - 1 - row / params.group) : length;
+}
+
+template <class S>
+__device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>& shared) {
+  Position<S> position;
+  int sum_buffer = 0;
+  for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
+    float reference[2] = {0.f, 0.f};  // of the maxima, log2, whole numbers: alpha is a power of two and exact
+    float sum[2] = {0.f, 0.f};        // of this thread's columns
+    int units_left, tokens_left;      // tokens from the current unit on that every row of the tile sees
+    {
+      const Item item = load_item(params, plan_row);
+      if (item.request < 0) break;
+      units_left = item.num_units;
+      tokens_left = visible_tokens(params, item.length, shared.cta.first_row) - item.first_unit * BLOCK_N;
+    }
+    if (units_left > 0) {
+      uint32_t q[S::REGISTER_STEPS][4];
+      mbarrier_wait(shared.full[position.slot()], position.phase());
+      take_q<S>(shared, position.slot(), q);
+      __syncwarp();
+      if (thread_index() % 32 == 0) {
+        mbarrier_arrive(shared.empty[position.slot()], 2);  // 4 warps stand for the 8 of the value warpgroups
+        mbarrier_arrive(shared.p_full[position.slot()]);
+      }
+      position.advance();
+
+      bool is_first = true;
+      bool is_pending = false;  // the previous unit's P is stored but not announced
+      for (; units_left > 0; --units_left) {
+        const int slot = position.slot();
+        mbarrier_wait(shared.full[slot], position.phase());
+        position.advance();
+        float s[32];
+        score_unit<S>(shared, slot, q, s);
+        wgmma_wait_group<0>();
+        // The tensor cores are free while P(j) is computed: now PV(j - 1) may have them. Released earlier it takes two
+        // thirds of them from S(j), which everything else waits for.
+        if (is_pending) mbarrier_arrive(shared.p_full[slot == 0 ? S::STAGES - 1 : slot - 1]);
+
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          s[i] = __fmaf_rn(s[i], params.softmax_scale_log2, -reference[i >> 1 & 1]);
+        }
+        if (tokens_left < BLOCK_N) {
+          const Cta& tile = shared.cta;
+          const int thread = thread_index();
+          const int row = tile.first_row + thread / 32 * 16 + thread % 32 / 4;
+          const int hidden_by_first = visible_tokens(params, 0, tile.first_row);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int visible = tokens_left + visible_tokens(params, 0, row + 8 * half) - hidden_by_first;
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+              const int column = (i >> 1) * 8 + thread % 4 * 2 + (i & 1);
+              float& score = s[(i >> 1) * 4 + half * 2 + (i & 1)];
+              // Not arithmetic: what lies past the length may be NaN.
+              score = column < visible ? score : -infinity();
+            }
+          }
+        }
+        tokens_left -= BLOCK_N;
+        float top[2] = {s[0], s[2]};
+#pragma unroll
+        for (int i = 0; i < 32; ++i) top[i >> 1 & 1] = fmaxf(top[i >> 1 & 1], s[i]);
+        float alpha[2] = {1.f, 1.f};
+        if (is_first || __any_sync(0xFFFFFFFF, fmaxf(top[0], top[1]) > RESCALE_ABOVE)) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            top[half] = fmaxf(top[half], __shfl_xor_sync(0xFFFFFFFF, top[half], 1));
+            top[half] = fmaxf(top[half], __shfl_xor_sync(0xFFFFFFFF, top[half], 2));
+            float rise = ceilf(top[half]);
+            if (!is_first) rise = fmaxf(rise, 0.f);
+            if (rise == -infinity()) rise = 0.f;  // sees nothing here, and so nothing later
+            reference[half] += rise;
+            alpha[half] = is_first ? 1.f : ex2(-rise);
+            sum[half] *= alpha[half];
+#pragma unroll
+            for (int i = 0; i < 16; ++i) s[(i >> 1) * 4 + half * 2 + (i & 1)] -= rise;
+          }
+        }
+        is_first = false;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          s[i] = ex2(s[i]);
+          sum[i >> 1 & 1] += s[i];
+        }
+
+        // All warps have finished S(j), which reads the rotated-key tile that P overwrites.
+        bar_sync(BARRIER_SCORE, WARPGROUP);
+        const int thread = thread_index();
+        {
+          // Matrix m of a stmatrix is rows (m & 1) * 8.. of the warp's 16 and 16-byte chunk 2 * step + (m >> 1).
+          const int lane = thread % 32;
+          const int row = thread / 32 * 16 + (lane / 8 & 1) * 8 + lane % 8;
+          const uint32_t p_row = shared_address(shared.ring[slot][S::V_TILES]) + row * 128;
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            stmatrix_x4(p_row + (((2 * step + lane / 16) ^ (row & 7)) << 4),
+                        pack<S::IS_BF16>(s[8 * step + 0], s[8 * step + 1]),
+                        pack<S::IS_BF16>(s[8 * step + 2], s[8 * step + 3]),
+                        pack<S::IS_BF16>(s[8 * step + 4], s[8 * step + 5]),
+                        pack<S::IS_BF16>(s[8 * step + 6], s[8 * step + 7]));
+          }
+        }
+        const int sum_row = accumulator_row();
+        if (thread % 4 == 0) {
+          shared.alpha[slot][sum_row] = __float_as_uint(alpha[0]) >> 16;
+          shared.alpha[slot][sum_row + 8] = __float_as_uint(alpha[1]) >> 16;
+        }
+        if (units_left == 1) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            sum[half] += __shfl_xor_sync(0xFFFFFFFF, sum[half], 1);
+            sum[half] += __shfl_xor_sync(0xFFFFFFFF, sum[half], 2);
+            if (thread % 4 == 0) {
+              shared.inverse_sum[sum_buffer][sum_row + 8 * half] = sum[half] > 0.f ? 1.f / sum[half] : 0.f;
+            }
+          }
+        }
+        // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence
+        // the tensor core may read stale bytes: wrong numbers, no error.
+        fence_proxy_async();
+        __syncwarp();
+        if (thread % 32 == 0) {
+          // Nothing to overlap with: the item ends, or its next unit is still on its way.
+          is_pending = units_left > 1 && mbarrier_test_wait(shared.full[position.slot()], position.phase());
+          if (!is_pending) mbarrier_arrive(shared.p_full[slot]);
+        }
+      }
+      sum_buffer = sum_buffer + 1 == S::SUM_BUFFERS ? 0 : sum_buffer + 1;
+    }
+    const Item item = load_item(params, plan_row);
+    store_log_sums(params, item, shared.cta, reference, sum);
+    plan_row = item.next;
+  }
+}
+
+// --- value: O = O * alpha + P V -------------------------------------------------------------------------------------
+
+// Rows of V past the length are multiplied by P = 0, but 0 * NaN is NaN: overwrite them with zeros.
+template <class S>
+__device__ __forceinline__ void clear_rows(Shared<S>& shared, int slot, int half, int first_row) {
+  constexpr int TILES_PER_HALF = S::V_TILES / 2;
+  const int thread = thread_index() % WARPGROUP;
+  const int chunks = (BLOCK_N - first_row) * 8;  // of 16 bytes, per tile; swizzling stays within a row
+  for (int chunk = thread; chunk < chunks; chunk += WARPGROUP) {
+#pragma unroll
+    for (int t = 0; t < TILES_PER_HALF; ++t) {
+      uint4* row = reinterpret_cast<uint4*>(shared.ring[slot][half * TILES_PER_HALF + t] + first_row * 128);
+      row[chunk] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  fence_proxy_async();
+  bar_sync(BARRIER_VALUE + half, WARPGROUP);
+}
+
+// Row `lane / 4 + 8 * UPPER` of each warp's 16: to `out`, or in fp32 to the partial results.
+template <class S, int UPPER>
+__device__ __forceinline__ void store_row(const DecodeParams& params, const Cta& tile, const Item& item, int half,
+                                          const float (&o)[S::HALF_COLUMNS / 2], float scale) {
+  const int thread = thread_index() % WARPGROUP;
+  const int lane = thread % 32;
+  const int tile_row = tile.first_row + thread / 32 * 16 + lane / 4 + 8 * UPPER;
+  const bool is_row = tile_row < params.seqlen_q * params.group;
+  const int query = tile_row / params.group;
+  const int head = tile.kv_head * params.group + tile_row % params.group;
+  if (!item.is_whole) {
+    const int64_t index = ((int64_t)item.partial(params, tile) * params.seqlen_q + query) * params.num_heads + head;
+    float* target = params.o_partial + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < S::HALF_COLUMNS / 8; ++i) {
+      const float2 value = make_float2(o[4 * i + 2 * UPPER] * scale, o[4 * i + 2 * UPPER + 1] * scale);
+      if (is_row) *reinterpret_cast<float2*>(target + 8 * i) = value;
+    }
+  } else {
+    const int64_t index = ((int64_t)item.request * params.seqlen_q + query) * params.num_heads + head;
+    // Neighbours exchange, so that each stores 8 bytes and four lanes fill a sector of 32.
+    const int odd = lane & 1;
+    uint16_t* target = static_cast<uint16_t*>(params.out) + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS +
+                       odd * 8 + (lane & 2) * 2;
+#pragma unroll
+    for (int i = 0; i < S::HALF_COLUMNS / 16; ++i) {
+      const uint32_t first = pack<S::IS_BF16>(o[8 * i + 2 * UPPER] * scale, o[8 * i + 2 * UPPER + 1] * scale);
+      const uint32_t second = pack<S::IS_BF16>(o[8 * i + 2 * UPPER + 4] * scale, o[8 * i + 2 * UPPER + 5] * scale);
+      const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? first : second, 1);
+      const uint2 value = odd ? make_uint2(other, second) : make_uint2(first, other);
+      if (is_row) *reinterpret_cast<uint2*>(target + 16 * i) = value;
+    }
+  }
+}
+
+template <class S, int HALF>
+__device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>& shared) {
+  constexpr bool PRODUCES = HALF == 0;
+  if (PRODUCES && thread_index() == WARPGROUP) {
+    shared.producer.row = shared.cta.plan_slot;
+    next_item<S>(params, shared);
+    for (int slot = 0; slot < S::STAGES; ++slot) produce<S>(params, shared, slot, 1);
+  }
+  __syncwarp();
+
+  Position<S> position;
+  int sum_buffer = 0;
+  for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
+    int units_left;
+    {
+      const Item item = load_item(params, plan_row);
+      if (item.request < 0) break;
+      units_left = item.num_units;
+    }
+    float o[S::HALF_COLUMNS / 2];
+#pragma unroll
+    for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) o[i] = 0.f;
+    float scale[2] = {0.f, 0.f};
+    if (units_left > 0) {
+      mbarrier_wait(shared.p_full[position.slot()], position.phase());  // Q has been taken
+      if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, position.slot(), position.phase());
+      __syncwarp();
+      position.advance();
+      for (; units_left > 0; --units_left) {
+        const int slot = position.slot();
+        mbarrier_wait(shared.p_full[slot], position.phase());
+        {
+          const int row = accumulator_row();
+          const float alpha0 = __uint_as_float((uint32_t)shared.alpha[slot][row] << 16);
+          const float alpha1 = __uint_as_float((uint32_t)shared.alpha[slot][row + 8] << 16);
+          if (__any_sync(0xFFFFFFFF, alpha0 != 1.f || alpha1 != 1.f)) {
+#pragma unroll
+            for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) o[i] *= (i >> 1 & 1) ? alpha1 : alpha0;
+          }
+        }
+        if (units_left == 1) {
+          const Item item = load_item(params, plan_row);
+          const int used = item.length - (item.first_unit + item.num_units - 1) * BLOCK_N;
+          if (used < BLOCK_N) clear_rows<S>(shared, slot, HALF, used);
+        }
+        const uint64_t p = matrix_descriptor(shared_address(shared.ring[slot][S::V_TILES]), 0, 1024, Swizzle::B128);
+        const uint64_t v = matrix_descriptor(shared_address(shared.ring[slot][HALF * S::V_TILES / 2]), TILE_BYTES,
+                                             1024, Swizzle::B128);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BLOCK_N / 16; ++step) {
+          wgmma_m64k16_transposed<S::IS_BF16>(o, advance(p, step * 32), advance(v, step * 2048), true);
+        }
+        wgmma_commit_group();
+        wgmma_wait_group<0>();
+        if (units_left == 1) {
+          const int row = accumulator_row();
+          scale[0] = shared.inverse_sum[sum_buffer][row];
+          scale[1] = shared.inverse_sum[sum_buffer][row + 8];
+        }
+        __syncwarp();
+        if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot]);
+        if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, slot, position.phase());
+        __syncwarp();
+        position.advance();
+      }
+      sum_buffer = sum_buffer + 1 == S::SUM_BUFFERS ? 0 : sum_buffer + 1;
+    }
+    const Item item = load_item(params, plan_row);
+    store_row<S, 0>(params, shared.cta, item, HALF, o, scale[0]);
+    store_row<S, 1>(params, shared.cta, item, HALF, o, scale[1]);
+    plan_row = item.next;
+  }
+}
+
+// --- kernel ---------------------------------------------------------------------------------------------------------
+
+template <class S>
+__device__ __forceinline__ void decode(const DecodeParams& params) {
+  static_assert(sizeof(Shared<S>) <= SHARED_LIMIT);
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < S::STAGES; ++slot) {
+      mbarrier_init(shared.full[slot], 1);
+      mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
+      mbarrier_init(shared.empty[slot], 8);   // warps of the value warpgroups
+    }
+    fence_mbarrier_init();
+    const int tile = blockIdx.x % params.tiles;
+    shared.cta = {(int)blockIdx.x / params.tiles, tile / params.row_tiles, tile % params.row_tiles * BLOCK_M};
+  }
+  __syncthreads();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+
+  // Uniform to the compiler too, or it serialises the wgmmas.
+  const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_inc<SCORE_REGISTERS>();
+    score_role<S>(params, shared);
+  } else if (warpgroup == 1) {
+    setmaxnreg_dec<VALUE_REGISTERS>();
+    value_role<S, 0>(params, shared);
+  } else {
+    setmaxnreg_dec<VALUE_REGISTERS>();
+    value_role<S, 1>(params, shared);
+  }
+}
+
+#define DECODE_KERNEL(NAME, KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16)              \
+  extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)                            \
+      flash_fwd_splitkv_mla_kernel_##NAME(const __grid_constant__ DecodeParams params) {  \
+    decode<Shape<KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16>>(params);               \
+  }
+
+#ifdef ONLY_512
+DECODE_KERNEL(bf16_512_64, 512, 64, 3, true)
+#else
+DECODE_KERNEL(bf16_512_64, 512, 64, 3, true)
+DECODE_KERNEL(fp16_512_64, 512, 64, 3, false)
+DECODE_KERNEL(bf16_256_64, 256, 64, 5, true)
+DECODE_KERNEL(fp16_256_64, 256, 64, 5, false)
+DECODE_KERNEL(bf16_256_32, 256, 32, 5, true)
+DECODE_KERNEL(fp16_256_32, 256, 32, 5, false)
+DECODE_KERNEL(bf16_128_32, 128, 32, 8, true)
+DECODE_KERNEL(fp16_128_32, 128, 32, 8, false)
+#endif

@@ -1,0 +1,64 @@
+// Parameter structs, each passed by value as a kernel's only argument. src/flash_mla/backends/cuda/params.py packs the
+// same bytes; a test compares sizes and offsets.
+#pragma once
+
+#include "ptx.cuh"
+
+// A plan's row: part [begin, end) of a request in 2^-30 of its length, and the row of the slot's next item or -1.
+struct alignas(16) PlanItem {
+  int request;
+  int begin;
+  int end;
+  int next;
+};
+
+constexpr int PLAN_WHOLE = 1 << 30;
+
+// Where a request's first part runs and how many parts it has.
+struct alignas(8) PlanSplit {
+  int slot;
+  int num_parts;
+};
+
+struct DecodeParams {
+  TensorMap q_map;   // {d_qk, rows, h_kv, batch}, box {64, 64, 1, 1}
+  TensorMap kv_map;  // {d_qk, block_size, h_kv, num_blocks}, box {64, box_rows, 1, 1}
+  void* out;                        // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
+  float* lse;                       // [batch, num_heads, seqlen_q], contiguous, natural log
+  float* o_partial;                 // [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each divided by its own sum
+  float* lse_partial;               // [2 * num_slots, seqlen_q, num_heads], log2
+  const PlanItem* items;            // [num_slots + batch]
+  const PlanSplit* splits;          // [batch]
+  const int* block_table;           // [batch, max_blocks]
+  const int* cache_seqlens;         // [batch], tokens
+  int64_t table_stride_request;     // elements
+  int64_t table_stride_page;        // elements
+  int64_t seqlens_stride;           // elements
+  float softmax_scale_log2;         // softmax_scale * log2(e)
+  int batch;
+  int seqlen_q;
+  int num_heads;
+  int group;                        // num_heads / h_kv
+  int row_tiles;                    // ceil(seqlen_q * group / 64)
+  int tiles;                        // row_tiles * h_kv: CTAs per slot
+  int num_slots;
+  int block_size;                   // tokens
+  int box_rows;                     // tokens that one TMA box moves: gcd(block_size, 64)
+  int is_causal;
+};
+
+struct CombineParams {
+  void* out;                 // as in DecodeParams
+  float* lse;
+  const float* o_partial;
+  const float* lse_partial;
+  const PlanItem* items;
+  const PlanSplit* splits;
+  int by_slot;               // 1: grid.x counts slots, 0: requests; whichever is fewer
+  int first_request;         // of this launch, where a batch is run in pieces
+  int first_slot;            // of this launch, as `splits` counts
+  int seqlen_q;
+  int num_heads;
+  int num_slots;
+  int rows_per_cta;
+};

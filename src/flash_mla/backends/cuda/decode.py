@@ -1,0 +1,293 @@
+"""Decode on Hopper: which calls the compiled kernel takes, how many CTAs share them, and the two launches.
+
+The second launch merges the parts of cut requests. It is programmatic: it is set up while decode runs. It is left out
+where a plan has no room for cuts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+
+import torch
+
+from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, UnsupportedError
+from . import driver
+from .params import COMBINE, DECODE
+
+__all__ = ["decode", "decode_refusals", "num_slots", "runs_on", "workspace_bytes"]
+
+CAPABILITY = (9, 0)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+ROW_TILE = 64  # query rows per CTA
+THREADS = 384
+COMBINE_THREADS = 128
+# Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them.
+STAGES = {512: 3, 256: 5, 128: 8}
+MAX_WORKSPACE = 64 * 2**20  # bytes
+# sizeof(Shared) of kernels/dense_decode.cu, rounded up to its alignment: a test compares.
+SHARED_BYTES = {512: 232448, 256: 206848, 128: 199680}
+LOG2_E = math.log2(math.e)
+# Up to so many rows are merged by a CTA per row and 128 columns, for latency; more in groups of whole rows.
+FEW_MERGED_ROWS = 2048
+MERGED_ROWS_PER_CTA = 4
+MERGED_COLUMNS = 128
+
+
+class _PerThread(threading.local):
+    """Buffers that the driver copies from during a launch."""
+
+    def __init__(self) -> None:
+        self.decode = ctypes.create_string_buffer(DECODE.size)
+        self.combine = ctypes.create_string_buffer(COMBINE.size)
+
+
+_thread = _PerThread()
+# Partial results of calls outside captures, by (device, stream): launches of one stream follow one another.
+_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def runs_on(device_index: int) -> bool:
+    """Whether the kernels run on this CUDA device at all."""
+    return driver.unavailable() is None and torch.cuda.get_device_capability(device_index) == CAPABILITY
+
+
+def decode_refusals(call: DecodeCall) -> list[str]:
+    """Reasons against a decode call; empty = accepts."""
+    if call.device_type != "cuda":
+        return [f"needs a CUDA device, got {call.device_type}"]
+    if reason := driver.unavailable():
+        return [reason]
+    reasons = []
+    if call.capability != CAPABILITY:
+        major, minor = call.capability or (0, 0)
+        reasons.append(f"needs compute capability 9.0 (Hopper), have {major}.{minor}")
+    if call.dtype not in DTYPES:
+        reasons.append(f"takes {' and '.join(DTYPES)}, got {call.dtype}")
+    shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    if shape not in LATENT_SHAPES:
+        reasons.append(f"takes (kv_lora_rank, qk_rope_head_dim) in {list(LATENT_SHAPES)}, got {shape}")
+    if call.block_size % 16:
+        reasons.append(f"takes a block_size that 16 divides, got {call.block_size}")
+    if call.kv_cache_strides[3] != 1:
+        reasons.append(f"needs the last stride of kv_cache to be 1, got {call.kv_cache_strides[3]}")
+    # What TMA can walk: 16-byte steps. The stride of a dimension of one element is never walked.
+    extents = (call.num_blocks, call.block_size, call.h_kv)
+    steps = [stride for stride, extent in zip(call.kv_cache_strides, extents, strict=False) if extent > 1]
+    if any(stride % 8 for stride in steps):
+        reasons.append(f"needs strides of kv_cache that 8 divides, got {call.kv_cache_strides}")
+    if call.kv_cache_misalignment:
+        reasons.append(f"needs kv_cache to begin at a multiple of 16 bytes, it is {call.kv_cache_misalignment} past one")
+    if call.rows * call.h_kv * max(1, call.batch) >= 2**31:
+        reasons.append(f"takes fewer than 2**31 query rows, got {call.batch} x {call.rows} x {call.h_kv}")
+    return reasons
+
+
+def _tiles(call: DecodeCall) -> tuple[int, int]:
+    """(tiles of 64 query rows per latent head, tiles altogether = CTAs per slot)."""
+    row_tiles = -(-call.rows // ROW_TILE)
+    return row_tiles, row_tiles * call.h_kv
+
+
+def num_slots(call: DecodeCall) -> int:
+    """Slots that fill the device once: its SMs over the CTAs that a slot has."""
+    return max(1, driver.num_sms(call.device_index) // _tiles(call)[1])
+
+
+def workspace_bytes(call: DecodeCall, slots: int) -> int:
+    """Bytes of partial results: two per slot, each a row of kv_lora_rank + 1 fp32 per query row.
+
+    From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 2,052 bytes (33 MiB)
+    on an H200.
+    """
+    return 2 * slots * call.seqlen_q * call.num_heads * (call.kv_lora_rank + 1) * 4
+
+
+def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        # The graph's own memory, from its pool: never that of eager calls, never that of another graph.
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    key = (device.index, stream)
+    workspace = _workspaces.get(key)
+    if workspace is None or workspace.numel() < size:
+        workspace = _workspaces[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    return workspace
+
+
+def _walkable(q: torch.Tensor, h_kv: int) -> torch.Tensor:
+    """`q` as `[batch, rows, h_kv, d_qk]` whose strides TMA can walk: a view where there is one, else a copy.
+
+    Row r of a latent head is query r // group, head r % group of its group. A copy is made of a `q` whose last stride
+    is not 1, whose others 8 elements do not divide, or whose queries and heads do not collapse into one stride.
+    """
+    batch, seqlen_q, num_heads, d_qk = q.shape
+    group = num_heads // h_kv
+    extents = zip(q.stride(), q.shape, strict=True)
+    if q.stride(3) != 1 or any(stride % 8 for stride, extent in list(extents)[:3] if extent > 1) or q.data_ptr() % 16:
+        q = q.contiguous()
+    if seqlen_q == 1:
+        return q.view(batch, h_kv, group, d_qk).transpose(1, 2)
+    if h_kv == 1 and (num_heads == 1 or q.stride(1) == num_heads * q.stride(2)):
+        stride = q.stride(1) if num_heads == 1 else q.stride(2)
+        return q.as_strided((batch, seqlen_q * num_heads, 1, d_qk), (q.stride(0), stride, stride, 1))
+    rows = q.view(batch, seqlen_q, h_kv, group, d_qk).transpose(1, 2).reshape(batch, h_kv, seqlen_q * group, d_qk)
+    return rows.transpose(1, 2)
+
+
+def _map_strides(tensor: torch.Tensor, order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in bytes of dimensions in the order of a tensor map; of a dimension of one element: anything valid."""
+    size = tensor.element_size()
+    return tuple(tensor.stride(dim) * size if tensor.shape[dim] > 1 else tensor.shape[3] * size for dim in order)
+
+
+def decode(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    items: torch.Tensor | None = None,
+    splits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split-KV attention over the pages by the plan; shapes and results as `backends.torch.decode`.
+
+    A `q` that TMA cannot walk is copied (see `_walkable`); the pool never is.
+    """
+    device = q.device
+    out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=device)
+    lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=device)
+    if call.batch == 0:
+        return out, lse
+    if items is None or splits is None:
+        from .plan import plan
+
+        items, splits = plan(cache_seqlens, num_slots(call))
+    rows = _walkable(q, call.h_kv)
+    device_index = call.device_index
+    stream = driver.raw_stream(device_index)
+    row_tiles, tiles = _tiles(call)
+    slots = items.shape[0] - call.batch
+    d_qk = call.kv_lora_rank + call.qk_rope_head_dim
+    q_map = driver.tensor_map(
+        rows.data_ptr(),
+        call.dtype,
+        (d_qk, rows.shape[1], call.h_kv, call.batch),
+        _map_strides(rows, (1, 2, 0)),
+        (64, ROW_TILE, 1, 1),
+        128,
+        128,
+    )
+    box_rows = math.gcd(call.block_size, PLAN_BLOCK)
+    # 128 bytes into L2 at a time: rows are 1,152 bytes = 4.5 x 256, so promotion to 256 would read a half too much.
+    kv_map = driver.tensor_map(
+        kv_cache.data_ptr(),
+        call.dtype,
+        (d_qk, call.block_size, call.h_kv, max(1, call.num_blocks)),
+        _map_strides(kv_cache, (1, 2, 0)),
+        (64, box_rows, 1, 1),
+        128,
+        128,
+    )
+    # A slot can only share a request with another slot.
+    may_cut = slots > 1
+    # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
+    pieces = _pieces(call, slots) if may_cut else [(0, call.batch, 0, slots)]
+    o_partial = lse_partial = 0
+    if may_cut:
+        most = max(piece_slots for *_, piece_slots in pieces)
+        workspace = _workspace(device, stream, workspace_bytes(call, most))
+        o_partial = workspace.data_ptr()
+        lse_partial = o_partial + 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 4
+    dtype = DTYPES[call.dtype]
+    shared_bytes = SHARED_BYTES[call.kv_lora_rank]
+    name = f"flash_fwd_splitkv_mla_kernel_{dtype}_{call.kv_lora_rank}_{call.qk_rope_head_dim}"
+    kernel = driver.function(device_index, "dense_decode", name, shared_bytes)
+    for first_request, num_requests, first_slot, piece_slots in pieces:
+        pointers = (out.data_ptr(), lse.data_ptr(), o_partial, lse_partial)
+        DECODE.pack_into(
+            _thread.decode,
+            0,
+            q_map,
+            kv_map,
+            *pointers,
+            items.data_ptr() + first_slot * 16,
+            splits.data_ptr(),
+            block_table.data_ptr(),
+            cache_seqlens.data_ptr(),
+            *block_table.stride(),
+            cache_seqlens.stride(0),
+            softmax_scale * LOG2_E,
+            call.batch,
+            call.seqlen_q,
+            call.num_heads,
+            call.num_heads // call.h_kv,
+            row_tiles,
+            tiles,
+            piece_slots,
+            call.block_size,
+            box_rows,
+            call.causal and call.seqlen_q > 1,
+        )
+        grid = (piece_slots * tiles, 1, 1)
+        driver.launch(device_index, kernel, grid, THREADS, shared_bytes, stream, _thread.decode, programmatic=True)
+        if may_cut:
+            offsets = (first_request, first_slot)
+            _combine(call, pointers, items, splits, num_requests, piece_slots, offsets, stream)
+    return out, lse
+
+
+def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
+    """(first request, requests, first slot, slots) of each launch; one launch unless the workspace would be too large.
+
+    Only a deterministic plan has more slots than the device has room for; its slots are those of its requests in order.
+    """
+    if workspace_bytes(call, slots) <= MAX_WORKSPACE:
+        return [(0, call.batch, 0, slots)]
+    per_request = slots // call.batch
+    requests = MAX_WORKSPACE // workspace_bytes(call, per_request)
+    if requests < 1:
+        raise UnsupportedError(
+            f"flash_mla.decode: a deterministic plan takes {workspace_bytes(call, per_request)} bytes of workspace per "
+            f"request at seqlen_q={call.seqlen_q} and num_heads={call.num_heads}, at most {MAX_WORKSPACE} are used"
+        )
+    return [
+        (first, min(requests, call.batch - first), first * per_request, min(requests, call.batch - first) * per_request)
+        for first in range(0, call.batch, requests)
+    ]
+
+
+def _combine(
+    call: DecodeCall,
+    pointers: tuple[int, int, int, int],
+    items: torch.Tensor,
+    splits: torch.Tensor,
+    num_requests: int,
+    slots: int,
+    offsets: tuple[int, int],
+    stream: int,
+) -> None:
+    """Merge what was cut. CTAs are counted by requests or by slots, whichever is fewer."""
+    rows = call.seqlen_q * call.num_heads
+    by_slot = slots < num_requests
+    groups = slots if by_slot else num_requests
+    few = groups * rows <= FEW_MERGED_ROWS
+    rows_per_cta = 1 if few else MERGED_ROWS_PER_CTA
+    grid = (groups, -(-rows // rows_per_cta), call.kv_lora_rank // MERGED_COLUMNS if few else 1)
+    COMBINE.pack_into(
+        _thread.combine,
+        0,
+        *pointers,
+        items.data_ptr() + offsets[1] * 16,
+        splits.data_ptr(),
+        by_slot,
+        *offsets,
+        call.seqlen_q,
+        call.num_heads,
+        slots,
+        rows_per_cta,
+    )
+    name = f"flash_fwd_mla_combine_kernel{'_few' if few else ''}_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
+    kernel = driver.function(call.device_index, "combine", name)
+    driver.launch(call.device_index, kernel, grid, COMBINE_THREADS, 0, stream, _thread.combine, programmatic=True)

@@ -1,0 +1,56 @@
+"""The parameter structs of `kernels/params.cuh`, byte for byte, and how they are packed."""
+
+from __future__ import annotations
+
+import struct
+
+__all__ = ["COMBINE", "COMBINE_FIELDS", "DECODE", "DECODE_FIELDS", "TENSOR_MAP_BYTES"]
+
+TENSOR_MAP_BYTES = 128
+
+# (name, struct code) in the order of the C++ fields, after the two tensor maps of DecodeParams.
+DECODE_FIELDS = (
+    ("out", "Q"),
+    ("lse", "Q"),
+    ("o_partial", "Q"),
+    ("lse_partial", "Q"),
+    ("items", "Q"),
+    ("splits", "Q"),
+    ("block_table", "Q"),
+    ("cache_seqlens", "Q"),
+    ("table_stride_request", "q"),
+    ("table_stride_page", "q"),
+    ("seqlens_stride", "q"),
+    ("softmax_scale_log2", "f"),
+    ("batch", "i"),
+    ("seqlen_q", "i"),
+    ("num_heads", "i"),
+    ("group", "i"),
+    ("row_tiles", "i"),
+    ("tiles", "i"),
+    ("num_slots", "i"),
+    ("block_size", "i"),
+    ("box_rows", "i"),
+    ("is_causal", "i"),
+)
+COMBINE_FIELDS = (
+    ("out", "Q"),
+    ("lse", "Q"),
+    ("o_partial", "Q"),
+    ("lse_partial", "Q"),
+    ("items", "Q"),
+    ("splits", "Q"),
+    ("by_slot", "i"),
+    ("first_request", "i"),
+    ("first_slot", "i"),
+    ("seqlen_q", "i"),
+    ("num_heads", "i"),
+    ("num_slots", "i"),
+    ("rows_per_cta", "i"),
+)
+# Tensor maps are aligned to 64 bytes, and so is the struct that holds them.
+_fields = "".join(code for _, code in DECODE_FIELDS)
+_used = struct.calcsize(f"={2 * TENSOR_MAP_BYTES}s{_fields}")
+DECODE = struct.Struct(f"={TENSOR_MAP_BYTES}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
+_fields = "".join(code for _, code in COMBINE_FIELDS)
+COMBINE = struct.Struct(f"={_fields}{-struct.calcsize(f'={_fields}') % 8}x")
