@@ -46,7 +46,7 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 IN_FUNCTION = re.compile(r"function '(\S+)'")
 AROUND_LINE = re.compile(r"around line (\d+)")
 PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
-PTX_LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+PTX_LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?")
 RELEASE = re.compile(r"Cuda compilation tools, release [\d.]+, V([\d.]+)")
 
 
@@ -252,7 +252,9 @@ def _location(ptx: str, line: int) -> str:
     files = {number: Path(path).name for number, path in PTX_FILE.findall(ptx)}
     for text in reversed(ptx.splitlines()[:line]):
         if match := PTX_LOC.match(text):
-            return f"{files.get(match.group(1), '?')}:{match.group(2)}"
+            file, row, caller, caller_row = match.groups()
+            inlined = f" (inlined at {files[caller]}:{caller_row})" if caller in files else ""
+            return f"{files.get(file, '?')}:{row}{inlined}"
     return ""
 
 
@@ -357,7 +359,8 @@ def build(
                 print(f"{name}.cubin: {compiled.compiler}, {time.perf_counter() - begin:.2f} s")
                 _print_report(compiled)
             if faults:
-                message = "\n".join([f"{name}.cu compiles to what a kernel may not hold:", *faults])
+                heading = f"{name}.cu compiles to what a kernel may not hold:"
+                message = "\n".join([heading, *faults, *_remarks(compiled)])
                 if not lax:
                     raise BuildError(message)
                 print(message, file=sys.stderr)
