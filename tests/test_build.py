@@ -256,15 +256,15 @@ def test_without_sources_it_says_what_is_needed(tmp_path: Path) -> None:
         _build.build(kernels=tmp_path, out=tmp_path / "out")
 
 
-def test_without_the_compilers_wheel_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         _build.BuildError, match=r"pip install nvidia-cuda-nvrtc-cu12==12\.9\.86 nvidia-cuda-runtime-cu12"
     ):
-        _build.build(["append"])
+        _build.build(["append"], out=tmp_path)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(_build.BuildError, match="nvcc is not on PATH"):
-        _build.build(["append"], compiler="nvcc")
+        _build.build(["append"], out=tmp_path, compiler="nvcc")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

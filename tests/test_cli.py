@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from flash_mla import ops
+from flash_mla import _build, ops
 from flash_mla.backends import torch as definition
+from flash_mla.backends.cuda import driver
 from flash_mla.bench import generate as bench_generate
 from flash_mla.bench.shapes import NAMED
 from flash_mla.cli.app import app
@@ -72,6 +74,68 @@ def test_env_names_versions_devices_and_reasons() -> None:
         assert "needs a GPU" in cpu["refused"]["triton"][0]
     if torch.cuda.is_available():
         assert report["devices"][0]["device"] == "cuda:0"
+
+
+@pytest.fixture
+def cubins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The package's cubins for the length of a test: an empty folder, and one kernel to compile into it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "one.cu").write_text('extern "C" __global__ void one(float* p) { *p = 1; }\n')
+    for module in (_build, driver):
+        monkeypatch.setattr(module, "CUBINS", tmp_path / "cubins")
+    monkeypatch.setattr(_build, "KERNELS", tmp_path / "kernels")
+    driver.reset()
+    yield tmp_path / "cubins"
+    driver.reset()
+
+
+def compiled(text: str) -> list[str]:
+    """The lines about compiled kernels, from the first to the one before the next heading."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("compiled kernels"))
+    return lines[first : next(i for i, line in enumerate(lines) if line.startswith("transformers  ") and i > first)]
+
+
+def test_env_without_compiled_kernels(cubins: Path) -> None:
+    report = json.loads(run("env", "--json"))["compiled_kernels"]
+    assert (report["cubins"], report["stale"]) == ({}, [])
+    assert report["unavailable"].startswith("kernel not built: ")
+    none, reason = compiled(run("env"))
+    assert none.split() == ["compiled", "kernels", "none"]
+    assert reason.startswith("  cannot run")
+    assert "kernel not built" in reason
+
+
+def test_env_names_compiled_kernels_and_what_keeps_them_from_running(
+    cubins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = cubins.parent / "kernels"
+    _build.build(kernels=kernels, out=cubins)
+
+    def missing() -> None:
+        raise OSError
+
+    monkeypatch.setattr(driver, "_load_library", missing)
+    size = (cubins / "one.cubin").stat().st_size
+    report = json.loads(run("env", "--json"))["compiled_kernels"]
+    assert list(report["cubins"]) == ["one.cubin"]
+    one = report["cubins"]["one.cubin"]
+    assert (one["bytes"], one["arch"], one["defines"]) == (size, "sm_90a", [])
+    assert report["unavailable"] == "no NVIDIA driver (libcuda.so.1 not found)"
+    lines = compiled(run("env"))
+    assert f"one (sm_90a, {one['compiler']}, {size / 1024:.0f} KiB)" in lines[0]
+    assert lines[1].endswith("no NVIDIA driver (libcuda.so.1 not found)")
+    assert len(lines) == 2
+    (kernels / "one.cu").write_text('extern "C" __global__ void one(float* p) { *p = 2; }\n')
+    lines = compiled(run("env"))
+    assert "OUT OF DATE" in lines[1]
+    assert "one.cubin is older than its source: python -m flash_mla._build" in lines[1]
+
+
+def test_env_says_when_compiled_kernels_can_run(fake_driver: Callable[..., object]) -> None:
+    fake_driver()
+    assert "can run" in compiled(run("env"))[-1]
+    assert json.loads(run("env", "--json"))["compiled_kernels"]["unavailable"] is None
 
 
 def test_env_says_when_the_name_is_not_registered() -> None:

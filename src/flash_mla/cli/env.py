@@ -1,4 +1,4 @@
-"""What `flash-mla env` knows: versions, devices, the backend that would run on each, and what shadows this package."""
+"""What `flash-mla env` knows: versions, compiled kernels, devices with their backend, and what shadows this package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from .. import _build
+from ..backends.cuda import driver
 from ..bench.report import PACKAGES, driver_version, version_of
 from ..contract import LATENT_SHAPES
 from ..ops import backend_reasons, call_to_come
 
-__all__ = ["environment", "others_named_flash_mla", "show"]
+__all__ = ["compiled_kernels", "environment", "others_named_flash_mla", "show"]
 
 DISTRIBUTION = "transformers-flash-mla"
 
@@ -79,6 +81,22 @@ def _backends(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"runs": chosen, "refused": {name: why for name, why in refused.items() if why}}
 
 
+def compiled_kernels() -> dict[str, Any]:
+    """What is known of the package's cubins: files, how they were compiled, and why the host cannot run them.
+
+    Returns: `cubins` (bytes, arch, compiler and defines by file), `stale` (in a checkout: what is not what the sources
+        would compile to) and `unavailable` (a reason, or None).
+    """
+    noted = _build.manifest(_build.CUBINS)
+    cubins = {
+        file.name: {"bytes": file.stat().st_size}
+        | {key: noted.get(file.stem, {}).get(key) for key in ("arch", "compiler", "defines")}
+        for file in sorted(_build.CUBINS.glob("*.cubin"))
+    }
+    stale = _build.stale(_build.CUBINS, _build.KERNELS) if cubins and _build.KERNELS.is_dir() else []
+    return {"cubins": cubins, "stale": stale, "unavailable": driver.unavailable()}
+
+
 def environment() -> dict[str, Any]:
     """Everything `flash-mla env` prints, as plain values."""
     devices = []
@@ -110,6 +128,7 @@ def environment() -> dict[str, Any]:
         "torch_built_for": torch.version.cuda or torch.version.hip or "cpu",
         "driver": driver_version(),
         "triton_interpret": os.environ.get("TRITON_INTERPRET") == "1",
+        "compiled_kernels": compiled_kernels(),
         "transformers": _registered(),
         "devices": devices,
         "in_the_way": others_named_flash_mla(),
@@ -139,6 +158,23 @@ def show(report: dict[str, Any], console: Console) -> None:
     line("package", report["package"])
     line("torch built for", report["torch_built_for"])
     line("NVIDIA driver", report["driver"] or "none found")
+    kernels = report["compiled_kernels"]
+    for made in sorted({(cubin["arch"], cubin["compiler"]) for cubin in kernels["cubins"].values()}, key=str):
+        cubins = {
+            name.removesuffix(".cubin"): cubin["bytes"]
+            for name, cubin in kernels["cubins"].items()
+            if (cubin["arch"], cubin["compiler"]) == made
+        }
+        words = f"{', '.join(cubins)} ({made[0]}, {made[1]}, {sum(cubins.values()) / 1024:.0f} KiB)"
+        line("compiled kernels", words)
+    if not kernels["cubins"]:
+        line("compiled kernels", "none")
+    for problem in kernels["stale"]:
+        line("  OUT OF DATE", f"{problem}: python -m flash_mla._build")
+    if kernels["unavailable"]:
+        line("  cannot run", kernels["unavailable"])
+    else:
+        line("  can run", "on devices of compute capability 9.0")
     line("transformers", report["transformers"])
     if report["triton_interpret"]:
         line("TRITON_INTERPRET", "1: Triton kernels run in the interpreter, slowly")
