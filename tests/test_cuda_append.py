@@ -12,8 +12,9 @@ import torch
 from device_code import assert_mirrors
 from fake_cuda import PRIMARY, FakeDriver, Launch
 
-from flash_mla.backends.cuda import append as cuda_append
 from flash_mla.backends.cuda import driver
+from flash_mla.backends.cuda.append import ADDRESSES, GEOMETRY, AppendParams, append_refusals
+from flash_mla.backends.cuda.append import append as cuda_append
 from flash_mla.contract import AppendCall, check_append
 
 Install = Callable[..., FakeDriver]
@@ -22,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.
 
 def do_append(launch: Launch) -> None:
     """`append_rows_*` in Python, row by row. A unit at an address that it does not divide fails, as on the device."""
-    p = cuda_append.AppendParams.from_buffer_copy(launch.params)
+    p = AppendParams.from_buffer_copy(launch.params)
     unit = int(launch.kernel.removeprefix("append_rows_"))
     warps = launch.block[0] // 32
     assert launch.block == (32 * warps, 1, 1)
@@ -63,8 +64,8 @@ def append(
             row = torch.cat((latent[request, token], k_rope[request, token]), -1)
             right[slot // pool.shape[1], slot % pool.shape[1]] = row
     call = on_hopper(check_append(pool, latent, k_rope, slots), device_index)
-    assert cuda_append.append_refusals(call) == []
-    cuda_append.append(call, pool, latent, k_rope, slots)
+    assert append_refusals(call) == []
+    cuda_append(call, pool, latent, k_rope, slots)
     torch.testing.assert_close(pool, right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -149,8 +150,8 @@ def test_far_pages(fake: FakeDriver) -> None:
     pool, latent, k_rope, slots = make(1, 1, 1, 512, 64, torch.bfloat16)
     call = on_hopper(check_append(pool, latent, k_rope, slots))
     far = dataclasses.replace(call, kv_cache_strides=(2**33, 2**20, 2**20, 1))
-    cuda_append.append(far, pool, latent, k_rope, slots)
-    p = cuda_append.AppendParams.from_buffer_copy(fake.launches[0].params)
+    cuda_append(far, pool, latent, k_rope, slots)
+    p = AppendParams.from_buffer_copy(fake.launches[0].params)
     assert (p.kv_stride_block, p.kv_stride_token) == (2**34, 2**21)
 
 
@@ -181,14 +182,14 @@ def test_params_are_those_of_the_device_code(tmp_path: Path) -> None:
         tmp_path,
         "append.cu",
         "AppendParams",
-        {name: getattr(cuda_append.AppendParams, name).offset for name, _ in cuda_append.AppendParams._fields_},
-        ctypes.sizeof(cuda_append.AppendParams),
+        {name: getattr(AppendParams, name).offset for name, _ in AppendParams._fields_},
+        ctypes.sizeof(AppendParams),
     )
 
 
 def test_params_are_packed_whole(fake: FakeDriver) -> None:
-    size = ctypes.sizeof(cuda_append.AppendParams)
-    assert cuda_append.ADDRESSES.size + cuda_append.GEOMETRY.size == size
+    size = ctypes.sizeof(AppendParams)
+    assert ADDRESSES.size + GEOMETRY.size == size
     driver.function(0, "append", "append_rows_16")
     assert set(fake.libraries[0].values()) == {size}
 
@@ -208,16 +209,16 @@ def test_params_are_packed_whole(fake: FakeDriver) -> None:
 )
 def test_refusals(changes: dict[str, object], reasons: list[str], fake: FakeDriver) -> None:
     call = on_hopper(check_append(*make(1, 1, 1, 128, 32, torch.bfloat16)))
-    assert cuda_append.append_refusals(dataclasses.replace(call, **changes)) == reasons
+    assert append_refusals(dataclasses.replace(call, **changes)) == reasons
 
 
 def test_a_cpu_tensor_does_not_wake_the_driver(fake: FakeDriver) -> None:
     """After cuInit a forked child, a data loader's worker for one, cannot use CUDA."""
-    cuda_append.append_refusals(check_append(*make(1, 1, 1, 128, 32, torch.bfloat16)))
+    append_refusals(check_append(*make(1, 1, 1, 128, 32, torch.bfloat16)))
     assert fake.calls == []
 
 
 def test_the_reason_of_the_host_is_the_refusal(fake_driver: Install) -> None:
     fake_driver(version=11080)
     call = on_hopper(check_append(*make(1, 1, 1, 128, 32, torch.bfloat16)))
-    assert cuda_append.append_refusals(call) == [driver.unavailable()]
+    assert append_refusals(call) == [driver.unavailable()]
