@@ -168,7 +168,7 @@ __device__ void write_later_parts(const PlanParams& params, long long most) {
       const int units = units_of(params, request);
       const bool is_last = part + 1 == split.y;
       const long long begin = params.items[params.num_slots + request].z + (part - 1) * most;
-      const bool goes_on = is_last && request + 1 < params.batch && params.splits[request + 1].x == slot;
+      const bool goes_on = request + 1 < params.batch && params.splits[request + 1].x == slot;
       row.x = request;
       row.y = cut_point(begin, units);
       row.z = is_last ? PLAN_WHOLE : cut_point(begin + most, units);

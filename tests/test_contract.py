@@ -125,6 +125,7 @@ def test_plan_of_another_shape() -> None:
         (zeros(3, 3, dtype=torch.int32), zeros(2, 2, dtype=torch.int32), r"plan items must be .*\(3, 3\)"),
         (zeros(3, 4, dtype=torch.int64), zeros(2, 2, dtype=torch.int32), r"plan items must be .*int64"),
         (zeros(3, 4, dtype=torch.int32), zeros(3, dtype=torch.int32), r"plan splits must be .*=2, 2\].*\(3,\)"),
+        (zeros(3, 4, dtype=torch.int32), zeros(2, 3, dtype=torch.int32), r"plan splits must be .*=2, 2\].*\(2, 3\)"),
         (zeros(3, 4, dtype=torch.int32), zeros(2, 2, dtype=torch.int64), r"plan splits must be .*int64"),
         (zeros(3, 4, dtype=torch.int32), None, r"a plan is items and splits together"),
     ],
@@ -170,7 +171,8 @@ def test_without_a_name_the_first_that_accepts_runs() -> None:
 
 
 def test_the_interpreter_is_never_the_automatic_choice() -> None:
-    assert list(ops.BACKENDS) == (["torch", "triton"] if triton_backend.INTERPRETED else ["triton", "torch"])
+    others = ["torch", "triton"] if triton_backend.INTERPRETED else ["triton", "torch"]
+    assert list(ops.BACKENDS) == ["cuda", *others]
 
 
 def decode_call(**changes: object) -> DecodeCall:

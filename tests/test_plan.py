@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from cases import DEVICE, TRITON_DTYPES, Case, make
 
 import flash_mla
 from flash_mla import contract
+from flash_mla.backends import cuda as cuda_backend
 from flash_mla.backends import torch as torch_backend
 from flash_mla.backends import triton as triton_backend
 from flash_mla.backends.cuda import driver
-from flash_mla.backends.cuda import plan as cuda_plan
+from flash_mla.backends.cuda.plan import PARAMS, THREADS
 from flash_mla.contract import (
     CUT_COST,
     FIXED_UNITS,
@@ -34,7 +38,7 @@ needs_hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU and the compiled kernels",
 )
 # The definition's integers are promised for CPU tensors.
-MADE_BY = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, DEVICE), "cuda": (cuda_plan, DEVICE)}
+MADE_BY = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, DEVICE), "cuda": (cuda_backend, DEVICE)}
 ON_GPUS = [pytest.param("triton"), pytest.param("cuda", marks=needs_hopper)]
 
 LENGTHS = {
@@ -47,7 +51,7 @@ LENGTHS = {
     "one long request among short ones": [100_000, 1, 0, 64, 65],
     "lengths at unit boundaries": [63, 64, 65, 127, 128, 129],
     "the longest that int32 holds": [2**31 - 64, 5, 2**31 - 1],
-    "more units than int32 holds, on few slots": [2**31 - 1] * 70,
+    "slots of more units than int32 holds": [2**31 - 1] * 256 + [6400],
     "a negative length counts as none": [-5, 130, -(2**31)],
 }
 
@@ -201,7 +205,7 @@ def test_backends_agree_on_large_batches(batch: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", *ON_GPUS])
 def test_strided_lengths(backend: str) -> None:
     module, device = MADE_BY[backend]
-    lengths = torch.tensor([[7000, 1], [3, 1], [64, 1]], dtype=torch.int32, device=device)[:, 0]
+    lengths = torch.tensor([[7000, 1], [3, 9000], [640, 5000]], dtype=torch.int32, device=device)[:, 0]
     for deterministic in (False, True):
         strided = module.plan(lengths, 30, deterministic)
         for ours, dense in zip(strided, module.plan(lengths.contiguous(), 30, deterministic), strict=True):
@@ -308,7 +312,7 @@ def test_whole_requests_where_the_definition_may_not_read_lengths(batch: int, nu
     assert max(loads) - min(loads) <= 1
 
 
-@pytest.mark.parametrize("module", [torch_backend, triton_backend, cuda_plan], ids=["torch", "triton", "cuda"])
+@pytest.mark.parametrize("module", [torch_backend, triton_backend, cuda_backend], ids=["torch", "triton", "cuda"])
 def test_too_few_slots(module: object) -> None:
     lengths = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=r"flash_mla\.plan: num_slots must be >= 1, got 0"):
@@ -343,7 +347,7 @@ def test_cuda_source_has_the_constants_of_the_contract() -> None:
     ]  # fmt: skip
     for name in shared:
         assert eval(found[name]) == getattr(contract, name), name
-    assert int(found["THREADS"]) == cuda_plan.THREADS
+    assert int(found["THREADS"]) == THREADS
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["balanced", "deterministic"])
@@ -351,14 +355,14 @@ def test_cuda_launch(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> No
     launches = []
 
     def launch(*arguments: object) -> None:
-        launches.append((*arguments[:-1], cuda_plan.PARAMS.unpack(arguments[-1])))
+        launches.append((*arguments[:-1], PARAMS.unpack(arguments[-1])))
 
     monkeypatch.setattr(driver, "function", lambda device_index, cubin, name: (device_index, cubin, name))
     monkeypatch.setattr(driver, "raw_stream", lambda device_index: 77)
     monkeypatch.setattr(driver, "launch", launch)
     lengths = torch.zeros((300, 2), dtype=torch.int32)[:, 0]
     num_slots = fixed_slots(300) if deterministic else 132
-    items, splits = cuda_plan.plan(lengths, num_slots, deterministic)
+    items, splits = cuda_backend.plan(lengths, num_slots, deterministic)
     assert items.shape == (num_slots + 300, 4)
     name, blocks = ("plan_fixed", 3) if deterministic else ("plan_splits", 1)  # 2700 rows, 1024 threads
     ((device_index, function, grid, block, shared_memory, stream, params),) = launches
@@ -366,3 +370,48 @@ def test_cuda_launch(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert (grid, block, shared_memory, stream) == ((blocks, 1, 1), 1024, 0, 77)
     addresses = (lengths.data_ptr(), items.data_ptr(), splits.data_ptr())
     assert params == (*addresses, 2, 300, num_slots, ITEM_COST, CUT_COST)
+
+
+HOST_MAIN = """
+extern "C" void run(const PlanParams* params, int blocks, int is_fixed) {
+  launch_on_host(is_fixed ? plan_fixed : plan_splits, *params, blocks, THREADS);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_source_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """kernels/plan.cu as a host library, with blocks of 96 threads and 50 requests in shared memory at a time."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    source = SOURCE.read_text()
+    for name, small in (("THREADS", 96), ("CHUNK", 50)):
+        source, found = re.subn(rf"constexpr int {name} = \d+;", f"constexpr int {name} = {small};", source)
+        assert found == 1
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "plan.cpp").write_text(f'#include "block_on_host.h"\n{source}{HOST_MAIN}')
+    command = [compiler, "-std=c++17", "-O1", "-pthread", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
+    subprocess.run([*command, "-o", str(folder / "plan.so"), str(folder / "plan.cpp")], check=True)
+    return ctypes.CDLL(str(folder / "plan.so"))
+
+
+@pytest.mark.parametrize("lengths", CASES)
+def test_cuda_source_on_the_host(
+    lengths: list[int], cuda_source_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arithmetic of the compiled kernel, launched as on a GPU: the definition's integers."""
+
+    def launch(device_index: int, name: str, grid: tuple[int, int, int], *arguments: object) -> None:
+        blocks = -(-grid[0] * THREADS // 96) if name == "plan_fixed" else grid[0]
+        cuda_source_on_host.run(arguments[-1], blocks, name == "plan_fixed")
+
+    monkeypatch.setattr(driver, "function", lambda device_index, cubin, name: name)
+    monkeypatch.setattr(driver, "raw_stream", lambda device_index: 0)
+    monkeypatch.setattr(driver, "launch", launch)
+    on_host = torch.tensor(lengths, dtype=torch.int32)
+    strided = torch.stack((on_host, on_host + 1), dim=1)[:, 0]
+    for num_slots, deterministic in [(slots, False) for slots in NUM_SLOTS] + [(fixed_slots(len(lengths)) + 3, True)]:
+        ours = cuda_backend.plan(strided, num_slots, deterministic)
+        for tensor, definition in zip(ours, plan("torch", lengths, num_slots, deterministic), strict=True):
+            assert torch.equal(tensor, definition)

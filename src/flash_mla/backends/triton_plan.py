@@ -80,8 +80,7 @@ def write_later_parts(
         units = units_of(length, UNIT)
         taken = tl.load(items + (num_slots + request) * 4 + 2, is_later, other=0)
         begin = taken + (part - 1) * most
-        has_next = is_later & is_last & (request + 1 < batch)
-        next_slot = tl.load(splits + (request + 1) * 2, has_next, other=-1)
+        next_slot = tl.load(splits + (request + 1) * 2, is_later & (request + 1 < batch), other=-1)
         row = items + slot * 4
         tl.store(row, tl.where(is_later, request, -1), is_slot)
         tl.store(row + 1, tl.where(is_later, cut_point(begin, units), 0), is_slot)
