@@ -368,6 +368,12 @@ def test_editable_install_writes_cubins_into_the_tree(tree: Path) -> None:
     assert _build.stale(cubins, tree / "kernels") == []
 
 
+def test_editable_install_without_the_kernel_leaves_no_old_one(tree: Path) -> None:
+    done = make(tree, "editable", FLASH_MLA_KERNEL="0")
+    assert done.returncode == 0, done.stderr
+    assert list((tree / "src" / "flash_mla" / "cubins").iterdir()) == []
+
+
 @pytest.mark.parametrize(("source", "words"), [(COMPILE_ERROR, "no_such_name"), (SPILL, "bytes spill stores")])
 def test_a_bad_kernel_fails_the_wheel(source: str, words: str, tree: Path) -> None:
     (tree / "kernels" / "bad.cu").write_text(source)

@@ -130,6 +130,13 @@ def test_units_are_as_wide_as_everything_allows(what: str, dtype: torch.dtype, f
     assert [launch.kernel for launch in fake.launches] == [f"append_rows_{dtype.itemsize}"]
 
 
+def test_units_end_where_the_latent_does(fake: FakeDriver) -> None:
+    """A pool of one token walks no stride; 129 columns still end at an odd place."""
+    pool, latent, k_rope, slots = make(1, 1, 1, 129, 32, torch.bfloat16)
+    append(pool[:1, :1], latent, k_rope, slots * 0)
+    assert [launch.kernel for launch in fake.launches] == ["append_rows_2"]
+
+
 def test_strides_that_are_never_walked_do_not_count(fake: FakeDriver) -> None:
     pool, latent, k_rope, slots = make(1, 1, 1, 128, 32, torch.bfloat16)
     latent = latent.as_strided(latent.shape, (1, 3, 5, 1))

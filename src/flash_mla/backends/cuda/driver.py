@@ -247,8 +247,6 @@ def _prepare(key: tuple[int, str, str, int]) -> int:
     device_index, cubin, name, shared_memory = key
     library = _driver()
     with _lock:
-        if (found := _functions.get(key)) is not None:
-            return found
         # Loading allocates device memory, which a capture anywhere in the process forbids in its default mode.
         mode = c_int(CU_STREAM_CAPTURE_MODE_RELAXED)
         exchange = library.cuThreadExchangeStreamCaptureMode
