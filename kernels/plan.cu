@@ -183,7 +183,7 @@ __device__ void write_first_parts(const PlanParams& params) {
     const int2 split = params.splits[request];
     const int2 before = request > 0 ? params.splits[request - 1] : make_int2(-1, 1);
     const bool is_first = split.x > before.x + before.y - 1;
-    const bool goes_on = split.y == 1 && request + 1 < params.batch && params.splits[request + 1].x == split.x;
+    const bool goes_on = request + 1 < params.batch && params.splits[request + 1].x == split.x;
     const int taken = params.items[params.num_slots + request].z;
     int4 row;
     row.x = request;

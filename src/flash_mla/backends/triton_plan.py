@@ -108,7 +108,7 @@ def write_first_parts(
         spare = items + (num_slots + request) * 4
         taken = tl.load(spare + 2, is_request, other=0).to(tl.int64)
         end = tl.where(num_parts == 1, WHOLE, cut_point(taken, units_of(length, UNIT)))
-        following = tl.where((num_parts == 1) & (next_slot == first), num_slots + request + 1, -1)
+        following = tl.where(next_slot == first, num_slots + request + 1, -1)
         is_first = first > slot_before
         row = items + tl.where(is_first, first, num_slots + request) * 4
         tl.store(row, request, is_request)
