@@ -257,6 +257,10 @@ def test_without_sources_it_says_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        _build.BuildError, match=r"nvidia/cuda_nvrtc/lib/libnvrtc\.so\.7 is not installed: pip install "
+    ):
+        _build._in_wheel("cuda_nvrtc", "lib", "libnvrtc.so.7")
     monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         _build.BuildError, match=r"pip install nvidia-cuda-nvrtc-cu12==12\.9\.86 nvidia-cuda-runtime-cu12"

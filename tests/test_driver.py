@@ -110,6 +110,12 @@ def test_num_sms(fake_driver: Install) -> None:
     assert [arguments[1:] for arguments in fake.called("cuDeviceGetAttribute")] == [(16, 1)]
 
 
+def test_raw_stream_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU build of torch has no such function.
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x700 + index, raising=False)
+    assert driver.raw_stream(3) == 0x703
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 

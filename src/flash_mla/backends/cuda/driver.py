@@ -2,6 +2,7 @@
 
 `libcuda.so.1` is loaded when a kernel is first wanted, never at import. Nothing here copies, allocates device memory or
 waits for the device. Signatures and constants: CUDA driver API reference, https://docs.nvidia.com/cuda/cuda-driver-api.
+(Over 400 lines: launches and tensor maps share the library, its prototypes and its errors.)
 """
 
 from __future__ import annotations
