@@ -12,9 +12,9 @@
 // warpgroup's first thread is the producer: it issues TMA for a ring slot when both value warpgroups have left it.
 // Ring entries, in order, per item: Q, then its units. P(j) overwrites the rotated-key tile of unit j, which nothing
 // reads after S(j). Barriers, all with one phase per ring entry:
-//   full[slot]    producer -> score     Q or unit has arrived
+//   full[slot][g] producer -> score     group g of the column tiles of Q or of the unit has arrived
 //   p_full[slot]  score -> value        P is stored (Q entry: Q is in registers)
-//   empty[slot]   value -> producer     nobody reads the slot any more (Q entry: score -> producer)
+//   empty[slot][h] value -> producer    value warpgroup h has left the entry (Q entry: has seen p_full)
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
 #include "params.cuh"
 #include "wgmma.cuh"
@@ -48,6 +48,8 @@ struct Shape {
   static constexpr int STAGES = STAGES_;
   static constexpr int V_TILES = KV_LORA_RANK / TILE_COLUMNS;
   static constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns, zero-filled from QK_ROPE_HEAD_DIM on
+  // A row of the pool is whole tiles: TMA sees tiles as a dimension, and one box holds them all.
+  static constexpr bool HAS_TILE_DIMENSION = D_QK % TILE_COLUMNS == 0;
   static constexpr int STEPS = D_QK / 16;    // steps of S over 16 columns
   static constexpr int REGISTER_STEPS = STEPS < 31 ? STEPS : 31;  // 32 do not fit into SCORE_REGISTERS
   static constexpr bool HAS_Q_TAIL = STEPS > REGISTER_STEPS;
@@ -74,7 +76,6 @@ struct ProducerState {
   int length;     // tokens
   int unit;       // next to load
   int units_end;  // == unit: nothing left
-  int page;       // of `unit`, looked up ahead where a unit lies within one page
   int needs_q;    // the item's Q comes first
 };
 
@@ -84,13 +85,25 @@ struct alignas(1024) Shared {
   uint8_t q_rope[S::HAS_Q_TAIL ? TILE_BYTES : 16];        // Q's steps 32..35, 128-byte swizzle
   uint8_t q_step[S::HAS_Q_TAIL ? BLOCK_M * 16 * 2 : 16];  // Q's step 31, no swizzle
   float inverse_sum[S::SUM_BUFFERS][BLOCK_M];
-  uint16_t alpha[S::STAGES][BLOCK_M];  // upper halves of fp32 powers of two
   uint64_t full[S::STAGES];
   uint64_t p_full[S::STAGES];
-  uint64_t empty[S::STAGES];
+  uint64_t empty[S::STAGES][2];
+  uint8_t rise[S::STAGES][BLOCK_M];  // alpha = 2^-rise
   ProducerState producer;
   Cta cta;
 };
+
+extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+
+// Address of a ring slot, made anew of the symbol each time: the matrix descriptors that follow from it stay in uniform
+// registers. From a pointer that is kept in a vector register, CUDA 12.9 makes each descriptor there and moves it over
+// (2 R2UR per wgmma), which costs 10% of the kernel's time.
+template <class S>
+__device__ __forceinline__ uint32_t slot_address(int slot) {
+  uint32_t base;
+  asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));
+  return base + slot * (S::TILES * TILE_BYTES);
+}
 
 // Position in the ring and the parity of the barriers' phase that belongs to the entry, in one register.
 template <class S>
@@ -146,8 +159,8 @@ __device__ __forceinline__ int accumulator_row() {
 
 template <class S>
 __device__ __forceinline__ int page_of(const DecodeParams& params, int request, int token) {
-  return __ldg(params.block_table + request * params.table_stride_request +
-               token / params.block_size * params.table_stride_page);
+  return ld_global_nc(params.block_table + request * params.table_stride_request +
+                      token / params.block_size * params.table_stride_page);
 }
 
 // Moves the walk to the next item that has units.
@@ -165,7 +178,6 @@ __device__ __forceinline__ void next_item(const DecodeParams& params, Shared<S>&
       state.unit = item.first_unit;
       state.units_end = item.first_unit + item.num_units;
       state.needs_q = 1;
-      if (params.box_rows == BLOCK_N) state.page = page_of<S>(params, item.request, item.first_unit * BLOCK_N);
       return;
     }
   }
@@ -174,52 +186,68 @@ __device__ __forceinline__ void next_item(const DecodeParams& params, Shared<S>&
   state.unit = state.units_end = 0;  // nothing left
 }
 
-// Loads the next entry, if there is one, into `slot`; `parity` is that of the phase in which the slot was left.
+// Loads the next entry into `slot`. Where an entry lies in one page, one instruction does it: the issuing thread is held
+// up by each until TMA has taken it, ~390 clocks for 8 KiB, ~750 for 24, and its warpgroup with it.
 template <class S>
-__device__ __forceinline__ void produce(const DecodeParams& params, Shared<S>& shared, int slot, uint32_t parity) {
-  ProducerState& state = shared.producer;
-  const int unit = state.unit;
-  if (unit == state.units_end) return;
-  mbarrier_wait(shared.empty[slot], parity);
+__device__ __forceinline__ void load_entry(const DecodeParams& params, Shared<S>& shared, int slot, int page) {
+  const ProducerState& state = shared.producer;
   uint64_t& full = shared.full[slot];
-  if (state.needs_q) {
-    state.needs_q = 0;
-    mbarrier_arrive_expect_tx(full, S::TILES * TILE_BYTES);
-#pragma unroll 1
-    for (int t = 0; t < S::TILES; ++t) {
-      tma_load_4d(shared.ring[slot][t], params.q_map, full, t * TILE_COLUMNS, shared.cta.first_row,
-                  shared.cta.kv_head, state.request);
+  const int token = state.unit * BLOCK_N;
+  const int kv_head = shared.cta.kv_head;
+  const bool is_one_box = state.needs_q || params.box_rows == BLOCK_N;
+  // Boxes past the length are left out: their pages may not be looked up.
+  const int box_rows = is_one_box ? BLOCK_N : params.box_rows;
+  const int boxes = is_one_box ? 1 : min(BLOCK_N, state.length - token + box_rows - 1) / box_rows;
+  const int box_bytes = box_rows * TILE_COLUMNS * 2;
+  mbarrier_arrive_expect_tx(full, S::TILES * boxes * box_bytes);
+  if (S::HAS_TILE_DIMENSION && is_one_box) {
+    if (state.needs_q) {
+      tma_load_5d(shared.ring[slot], params.q_map, full, 0, shared.cta.first_row, 0, kv_head, state.request);
+    } else {
+      tma_load_5d(shared.ring[slot], params.kv_map, full, 0, token % params.block_size, 0, kv_head, page);
     }
     return;
   }
-  const int token = unit * BLOCK_N;
-  if (params.box_rows == BLOCK_N) {
-    mbarrier_arrive_expect_tx(full, S::TILES * TILE_BYTES);
-    const int page = state.page;
+  const TensorMap& map = state.needs_q ? params.q_map : params.kv_map;
 #pragma unroll 1
-    for (int t = 0; t < S::TILES; ++t) {
-      tma_load_4d(shared.ring[slot][t], params.kv_map, full, t * TILE_COLUMNS, token % params.block_size,
-                  shared.cta.kv_head, page);
-    }
-  } else {
-    // Boxes past the length are left out: their pages may not be looked up.
-    const int boxes = min(BLOCK_N, state.length - token + params.box_rows - 1) / params.box_rows;
-    mbarrier_arrive_expect_tx(full, boxes * params.box_rows * TILE_COLUMNS * 2 * S::TILES);
-    for (int box = 0; box < boxes; ++box) {
-      const int first = token + box * params.box_rows;
-      const int page = page_of<S>(params, state.request, first);
-  #pragma unroll 1
-    for (int t = 0; t < S::TILES; ++t) {
-        tma_load_4d(shared.ring[slot][t] + box * params.box_rows * TILE_COLUMNS * 2, params.kv_map, full,
-                    t * TILE_COLUMNS, first % params.block_size, shared.cta.kv_head, page);
-      }
+  for (int box = 0; box < boxes; ++box) {
+    const int box_token = token + box * box_rows;
+    const int row = state.needs_q ? shared.cta.first_row : box_token % params.block_size;
+    const int outer = state.needs_q ? state.request : is_one_box ? page : page_of<S>(params, state.request, box_token);
+#pragma unroll 1
+    for (int tile = 0; tile < S::TILES; ++tile) {
+      tma_load_5d(shared.ring[slot][tile] + box * box_bytes, map, full, S::HAS_TILE_DIMENSION ? 0 : tile * TILE_COLUMNS,
+                  row, S::HAS_TILE_DIMENSION ? tile : 0, kv_head, outer);
     }
   }
-  if (unit + 1 == state.units_end) {
+}
+
+// Page of the next entry, looked up before its slot is free: the answer takes ~700 clocks.
+template <class S>
+__device__ __forceinline__ int next_page(const DecodeParams& params, const Shared<S>& shared) {
+  const ProducerState& state = shared.producer;
+  if (state.needs_q || state.unit == state.units_end || params.box_rows != BLOCK_N) return 0;
+  return page_of<S>(params, state.request, state.unit * BLOCK_N);
+}
+
+// Loads the next entry, if there is one, into `slot`; `parity` is that of the phase in which the slot was left.
+template <class S>
+__device__ __forceinline__ void produce(const DecodeParams& params, Shared<S>& shared, int slot, uint32_t parity,
+                                        int page) {
+  ProducerState& state = shared.producer;
+  if (state.unit == state.units_end) return;
+  mbarrier_wait(shared.empty[slot][0], parity);
+  mbarrier_wait(shared.empty[slot][1], parity);
+  load_entry<S>(params, shared, slot, page);
+  if (state.needs_q) {
+    state.needs_q = 0;
+    return;
+  }
+  const int unit = state.unit + 1;
+  if (unit == state.units_end) {
     next_item<S>(params, shared);
   } else {
-    state.unit = unit + 1;
-    if (params.box_rows == BLOCK_N) state.page = page_of<S>(params, state.request, token + BLOCK_N);
+    state.unit = unit;
   }
 }
 
@@ -255,9 +283,10 @@ __device__ __forceinline__ void take_q(Shared<S>& shared, int slot, uint32_t (&q
 }
 
 template <class S>
-__device__ __forceinline__ void score_unit(Shared<S>& shared, int slot, const uint32_t (&q)[S::REGISTER_STEPS][4],
-                                           float (&s)[32]) {
-  const uint64_t keys = matrix_descriptor(shared_address(shared.ring[slot]), 0, 1024, Swizzle::B128);
+__device__ __forceinline__ void score_unit(Shared<S>& shared, int slot, uint32_t phase,
+                                           const uint32_t (&q)[S::REGISTER_STEPS][4], float (&s)[32]) {
+  const uint64_t keys = matrix_descriptor(slot_address<S>(slot), 0, 1024, Swizzle::B128);
+  mbarrier_wait(shared.full[slot], phase);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::REGISTER_STEPS; ++step) {
@@ -322,20 +351,16 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
       mbarrier_wait(shared.full[position.slot()], position.phase());
       take_q<S>(shared, position.slot(), q);
       __syncwarp();
-      if (thread_index() % 32 == 0) {
-        mbarrier_arrive(shared.empty[position.slot()], 2);  // 4 warps stand for the 8 of the value warpgroups
-        mbarrier_arrive(shared.p_full[position.slot()]);
-      }
+      if (thread_index() % 32 == 0) mbarrier_arrive(shared.p_full[position.slot()]);
       position.advance();
 
       bool is_first = true;
       bool is_pending = false;  // the previous unit's P is stored but not announced
       for (; units_left > 0; --units_left) {
         const int slot = position.slot();
-        mbarrier_wait(shared.full[slot], position.phase());
-        position.advance();
         float s[32];
-        score_unit<S>(shared, slot, q, s);
+        score_unit<S>(shared, slot, position.phase(), q, s);
+        position.advance();
         wgmma_wait_group<0>();
         // The tensor cores are free while P(j) is computed: now PV(j - 1) may have them. Released earlier it takes two
         // thirds of them from S(j), which everything else waits for.
@@ -363,31 +388,43 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
           }
         }
         tokens_left -= BLOCK_N;
-        float top[2] = {s[0], s[2]};
+        // Row of s[i] is i >> 1 & 1; two maxima and two sums per row keep the chains short.
+        float top[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
 #pragma unroll
-        for (int i = 0; i < 32; ++i) top[i >> 1 & 1] = fmaxf(top[i >> 1 & 1], s[i]);
-        float alpha[2] = {1.f, 1.f};
-        if (is_first || __any_sync(0xFFFFFFFF, fmaxf(top[0], top[1]) > RESCALE_ABOVE)) {
+        for (int i = 4; i < 32; ++i) top[i >> 1 & 1][i & 1] = fmaxf(top[i >> 1 & 1][i & 1], s[i]);
+        top[0][0] = fmaxf(top[0][0], top[0][1]);
+        top[1][0] = fmaxf(top[1][0], top[1][1]);
+        uint32_t rises = 0;  // of the two rows, a byte each
+        if (is_first || __any_sync(0xFFFFFFFF, fmaxf(top[0][0], top[1][0]) > RESCALE_ABOVE)) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            top[half] = fmaxf(top[half], __shfl_xor_sync(0xFFFFFFFF, top[half], 1));
-            top[half] = fmaxf(top[half], __shfl_xor_sync(0xFFFFFFFF, top[half], 2));
-            float rise = ceilf(top[half]);
+            float rise = top[half][0];
+            rise = fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 1));
+            rise = ceilf(fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 2)));
             if (!is_first) rise = fmaxf(rise, 0.f);
             if (rise == -infinity()) rise = 0.f;  // sees nothing here, and so nothing later
             reference[half] += rise;
-            alpha[half] = is_first ? 1.f : ex2(-rise);
-            sum[half] *= alpha[half];
 #pragma unroll
             for (int i = 0; i < 16; ++i) s[(i >> 1) * 4 + half * 2 + (i & 1)] -= rise;
+            if (!is_first) {  // else there is nothing to rescale
+              sum[half] *= ex2(-rise);
+              rises |= (uint32_t)fminf(rise, 255.f) << 8 * half;  // 2^-255 is zero in fp32
+            }
           }
         }
         is_first = false;
+        float odd_sum[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           s[i] = ex2(s[i]);
-          sum[i >> 1 & 1] += s[i];
+          if (i & 1) {
+            odd_sum[i >> 1 & 1] += s[i];
+          } else {
+            sum[i >> 1 & 1] += s[i];
+          }
         }
+        sum[0] += odd_sum[0];
+        sum[1] += odd_sum[1];
 
         // All warps have finished S(j), which reads the rotated-key tile that P overwrites.
         bar_sync(BARRIER_SCORE, WARPGROUP);
@@ -408,8 +445,8 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
         }
         const int sum_row = accumulator_row();
         if (thread % 4 == 0) {
-          shared.alpha[slot][sum_row] = __float_as_uint(alpha[0]) >> 16;
-          shared.alpha[slot][sum_row + 8] = __float_as_uint(alpha[1]) >> 16;
+          shared.rise[slot][sum_row] = rises;
+          shared.rise[slot][sum_row + 8] = rises >> 8;
         }
         if (units_left == 1) {
 #pragma unroll
@@ -499,7 +536,7 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
   if (PRODUCES && thread_index() == WARPGROUP) {
     shared.producer.row = shared.cta.plan_slot;
     next_item<S>(params, shared);
-    for (int slot = 0; slot < S::STAGES; ++slot) produce<S>(params, shared, slot, 1);
+    for (int slot = 0; slot < S::STAGES; ++slot) produce<S>(params, shared, slot, 1, next_page<S>(params, shared));
   }
   __syncwarp();
 
@@ -518,17 +555,24 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
     float scale[2] = {0.f, 0.f};
     if (units_left > 0) {
       mbarrier_wait(shared.p_full[position.slot()], position.phase());  // Q has been taken
-      if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, position.slot(), position.phase());
+      // Left by both value warpgroups like every entry: released by the score warpgroup alone, the slot could be
+      // filled and announced again before the slower of them has seen this phase, and it would wait for ever.
+      if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[position.slot()][HALF]);
+      if (PRODUCES && thread_index() == WARPGROUP) {
+        produce<S>(params, shared, position.slot(), position.phase(), next_page<S>(params, shared));
+      }
       __syncwarp();
       position.advance();
       for (; units_left > 0; --units_left) {
         const int slot = position.slot();
+        int page = 0;
+        if (PRODUCES && thread_index() == WARPGROUP) page = next_page<S>(params, shared);
         mbarrier_wait(shared.p_full[slot], position.phase());
         {
           const int row = accumulator_row();
-          const float alpha0 = __uint_as_float((uint32_t)shared.alpha[slot][row] << 16);
-          const float alpha1 = __uint_as_float((uint32_t)shared.alpha[slot][row + 8] << 16);
-          if (__any_sync(0xFFFFFFFF, alpha0 != 1.f || alpha1 != 1.f)) {
+          const int rise0 = shared.rise[slot][row], rise1 = shared.rise[slot][row + 8];
+          if (__any_sync(0xFFFFFFFF, (rise0 | rise1) != 0)) {
+            const float alpha0 = ex2((float)-rise0), alpha1 = ex2((float)-rise1);
 #pragma unroll
             for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) o[i] *= (i >> 1 & 1) ? alpha1 : alpha0;
           }
@@ -538,9 +582,10 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
           const int used = item.length - (item.first_unit + item.num_units - 1) * BLOCK_N;
           if (used < BLOCK_N) clear_rows<S>(shared, slot, HALF, used);
         }
-        const uint64_t p = matrix_descriptor(shared_address(shared.ring[slot][S::V_TILES]), 0, 1024, Swizzle::B128);
-        const uint64_t v = matrix_descriptor(shared_address(shared.ring[slot][HALF * S::V_TILES / 2]), TILE_BYTES,
-                                             1024, Swizzle::B128);
+        const uint32_t tiles = slot_address<S>(slot);
+        const uint64_t p = matrix_descriptor(tiles + S::V_TILES * TILE_BYTES, 0, 1024, Swizzle::B128);
+        const uint64_t v = matrix_descriptor(tiles + HALF * S::V_TILES / 2 * TILE_BYTES, TILE_BYTES, 1024,
+                                             Swizzle::B128);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < BLOCK_N / 16; ++step) {
@@ -554,8 +599,8 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
           scale[1] = shared.inverse_sum[sum_buffer][row + 8];
         }
         __syncwarp();
-        if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot]);
-        if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, slot, position.phase());
+        if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot][HALF]);
+        if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, slot, position.phase(), page);
         __syncwarp();
         position.advance();
       }
@@ -573,13 +618,13 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
 template <class S>
 __device__ __forceinline__ void decode(const DecodeParams& params) {
   static_assert(sizeof(Shared<S>) <= SHARED_LIMIT);
-  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < S::STAGES; ++slot) {
       mbarrier_init(shared.full[slot], 1);
       mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
-      mbarrier_init(shared.empty[slot], 8);   // warps of the value warpgroups
+      mbarrier_init(shared.empty[slot][0], 4);  // warps of a value warpgroup
+      mbarrier_init(shared.empty[slot][1], 4);
     }
     fence_mbarrier_init();
     const int tile = blockIdx.x % params.tiles;

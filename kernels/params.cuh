@@ -21,8 +21,9 @@ struct alignas(8) PlanSplit {
 };
 
 struct DecodeParams {
-  TensorMap q_map;   // {d_qk, rows, h_kv, batch}, box {64, 64, 1, 1}
-  TensorMap kv_map;  // {d_qk, block_size, h_kv, num_blocks}, box {64, box_rows, 1, 1}
+  // Columns are two dimensions, 64 and d_qk / 64, where 64 divides d_qk; else d_qk and 1.
+  TensorMap q_map;   // {columns, rows, tiles, h_kv, batch}, box {64, 64, tiles, 1, 1}
+  TensorMap kv_map;  // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles or 1, 1, 1}
   void* out;                        // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
   float* lse;                       // [batch, num_heads, seqlen_q], contiguous, natural log
   float* o_partial;                 // [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each divided by its own sum

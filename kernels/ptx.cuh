@@ -68,13 +68,13 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-// Box at {column, row, head, block}; elements outside the tensor arrive as zeros and count as bytes.
-__device__ __forceinline__ void tma_load_4d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row,
-                                            int head, int block) {
+// Box at {column, row, tile, head, outer}; elements outside the tensor arrive as zeros and count as bytes.
+__device__ __forceinline__ void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row,
+                                            int tile, int head, int outer) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(shared_address(target)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(block)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(target)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(tile), "r"(head), "r"(outer)
       : "memory");
 }
 

@@ -25,9 +25,10 @@ THREADS = 384
 COMBINE_THREADS = 128
 # Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them.
 STAGES = {512: 3, 256: 5, 128: 8}
+TILE_COLUMNS = 64
 MAX_WORKSPACE = 64 * 2**20  # bytes
 # sizeof(Shared) of kernels/dense_decode.cu, rounded up to its alignment: a test compares.
-SHARED_BYTES = {512: 232448, 256: 206848, 128: 199680}
+SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 LOG2_E = math.log2(math.e)
 # Up to so many rows are merged by a CTA per row and 128 columns, for latency; more in groups of whole rows.
 FEW_MERGED_ROWS = 2048
@@ -135,10 +136,29 @@ def _walkable(q: torch.Tensor, h_kv: int) -> torch.Tensor:
     return rows.transpose(1, 2)
 
 
-def _map_strides(tensor: torch.Tensor, order: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in bytes of dimensions in the order of a tensor map; of a dimension of one element: anything valid."""
+def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int) -> bytes:
+    """The map of `[outer, rows, heads, d_qk]`: boxes of `box_rows` rows x 64 columns x 1 tile, or x all of them.
+
+    Where 64 divides d_qk, its tiles of 64 columns are a dimension of their own, and a box of 64 rows holds them all.
+    """
+    outer, num_rows, heads, d_qk = tensor.shape
     size = tensor.element_size()
-    return tuple(tensor.stride(dim) * size if tensor.shape[dim] > 1 else tensor.shape[3] * size for dim in order)
+    # The stride of a dimension of one element is never walked: anything valid.
+    strides = [tensor.stride(dim) * size if tensor.shape[dim] > 1 else d_qk * size for dim in (1, 2, 0)]
+    tiles = -(-d_qk // TILE_COLUMNS)
+    columns, box_tiles = TILE_COLUMNS, tiles if box_rows == ROW_TILE else 1
+    if d_qk % TILE_COLUMNS:
+        columns, tiles, box_tiles = d_qk, 1, 1
+    # 128 bytes into L2 at a time: rows are 1,152 bytes = 4.5 x 256, so promotion to 256 would read a half too much.
+    return driver.tensor_map(
+        tensor.data_ptr(),
+        call.dtype,
+        (columns, num_rows, tiles, heads, max(1, outer)),
+        (strides[0], TILE_COLUMNS * size, *strides[1:]),
+        (TILE_COLUMNS, box_rows, box_tiles, 1, 1),
+        128,
+        128,
+    )
 
 
 def decode(
@@ -169,27 +189,9 @@ def decode(
     stream = driver.raw_stream(device_index)
     row_tiles, tiles = _tiles(call)
     slots = items.shape[0] - call.batch
-    d_qk = call.kv_lora_rank + call.qk_rope_head_dim
-    q_map = driver.tensor_map(
-        rows.data_ptr(),
-        call.dtype,
-        (d_qk, rows.shape[1], call.h_kv, call.batch),
-        _map_strides(rows, (1, 2, 0)),
-        (64, ROW_TILE, 1, 1),
-        128,
-        128,
-    )
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
-    # 128 bytes into L2 at a time: rows are 1,152 bytes = 4.5 x 256, so promotion to 256 would read a half too much.
-    kv_map = driver.tensor_map(
-        kv_cache.data_ptr(),
-        call.dtype,
-        (d_qk, call.block_size, call.h_kv, max(1, call.num_blocks)),
-        _map_strides(kv_cache, (1, 2, 0)),
-        (64, box_rows, 1, 1),
-        128,
-        128,
-    )
+    q_map = _tensor_map(call, rows, ROW_TILE)
+    kv_map = _tensor_map(call, kv_cache, box_rows)
     # A slot can only share a request with another slot.
     may_cut = slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
