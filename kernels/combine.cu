@@ -1,22 +1,25 @@
 // Merges the parts of cut requests:
-//   out = sum_i w_i o_i / sum_i w_i,  w_i = 2^(lse_i - max)      fp32, parts in order, so always the same bits
-// One CTA = some query rows (token, head) of one request x COLUMNS columns. Launched programmatic: it may begin while
-// decode still runs, reads the plan, and waits for the partial results. Requests that were not cut are done already.
-//
-// Bytes per row: num_parts * (KV_LORA_RANK + 1) * 4, all from L2; a thread has PARTS_IN_FLIGHT loads of 16 bytes out.
+//   out = sum_i w_i o_i / sum_i w_i,  w_i = 2^(lse_i - max)      fp32, in one order always, so always the same bits
+// Launched programmatic: it may begin while decode still runs, reads the plan, and waits for the partial results.
+// Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes from
+// L2. All of them are wanted at once, so there are two forms:
+//   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts
+//   combine_warp  many rows: a warp per row, all columns; no barriers
 #include "params.cuh"
 
-constexpr int THREADS = 128;
-constexpr int VECTOR = 4;  // fp32 elements per load
-constexpr int PARTS_IN_FLIGHT = 8;
-constexpr int MAX_PARTS = 1024;  // at least a device's SMs; parts beyond take more rounds
+constexpr int ROW_THREADS = 512;
+constexpr int WARP_THREADS = 128;
+constexpr int VECTOR = 4;  // fp32 elements per load: 16 bytes
+constexpr int ROW_PARTS_IN_FLIGHT = 8;
+constexpr int WARP_PARTS_IN_FLIGHT = 2;  // each KV_LORA_RANK / 128 loads
+constexpr int MAX_PARTS = 1024;          // more slots than a device has SMs
 constexpr float LN_2 = 0.6931471805599453f;
 
 struct Shared {
   float weight[MAX_PARTS];
-  float4 sum[THREADS];
-  float warp_top[THREADS / 32];
-  float warp_sum[THREADS / 32];
+  float4 sum[ROW_THREADS];
+  float warp_top[ROW_THREADS / 32];
+  float warp_sum[ROW_THREADS / 32];
 };
 
 // The request that CTA `index` of the grid merges, or -1. Counted by slots: a cut request is found at the slot of its
@@ -35,6 +38,12 @@ __device__ __forceinline__ int cut_request(const CombineParams& params, int inde
   return request;
 }
 
+__device__ __forceinline__ int64_t partial_row(const CombineParams& params, const PlanSplit& split, int part, int row) {
+  // Part 0 lies behind all slots, part p >= 1 at its slot.
+  const int index = part == 0 ? params.num_slots + split.slot : split.slot + part;
+  return (int64_t)index * params.seqlen_q * params.num_heads + row;
+}
+
 __device__ __forceinline__ void accumulate(float4& sum, const float4& value, float weight) {
   sum.x += value.x * weight;
   sum.y += value.y * weight;
@@ -42,28 +51,38 @@ __device__ __forceinline__ void accumulate(float4& sum, const float4& value, flo
   sum.w += value.w * weight;
 }
 
-// Maximum and, with its help, sum over the CTA of one value per thread.
-__device__ __forceinline__ float block_max(float value, float (&scratch)[THREADS / 32]) {
+template <bool IS_BF16>
+__device__ __forceinline__ void store_columns(const CombineParams& params, int64_t offset, const float4& sum,
+                                              float scale) {
+  uint2 packed;
+  packed.x = pack<IS_BF16>(sum.x * scale, sum.y * scale);
+  packed.y = pack<IS_BF16>(sum.z * scale, sum.w * scale);
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.out) + offset) = packed;
+}
+
+__device__ __forceinline__ void store_lse(const CombineParams& params, int request, int row, float top, float total) {
+  const int query = row / params.num_heads, head = row % params.num_heads;
+  params.lse[((int64_t)request * params.num_heads + head) * params.seqlen_q + query] =
+      total > 0.f ? (top + lg2(total)) * LN_2 : infinity();
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  for (int warp = 0; warp < THREADS / 32; ++warp) value = fmaxf(value, scratch[warp]);
   return value;
 }
 
-__device__ __forceinline__ float block_sum(float value, float (&scratch)[THREADS / 32]) {
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0.f;
-  for (int warp = 0; warp < THREADS / 32; ++warp) value += scratch[warp];
   return value;
 }
 
+// Grid: (requests or slots, rows, column chunks).
 template <int KV_LORA_RANK, int COLUMNS, bool IS_BF16>
-__device__ __forceinline__ void combine(const CombineParams& params) {
-  constexpr int LANES = COLUMNS / VECTOR;    // threads across the columns
-  constexpr int GROUPS = THREADS / LANES;    // groups of them share the parts
+__device__ __forceinline__ void combine_row(const CombineParams& params) {
+  constexpr int LANES = COLUMNS / VECTOR;      // threads across the columns
+  constexpr int GROUPS = ROW_THREADS / LANES;  // groups of them share the parts
   __shared__ Shared shared;
   griddepcontrol_launch_dependents();
   PlanSplit split;
@@ -74,84 +93,137 @@ __device__ __forceinline__ void combine(const CombineParams& params) {
   griddepcontrol_wait();
   if (request < 0) return;
 
-  const int rows = params.seqlen_q * params.num_heads;
+  const int row = blockIdx.y;
   const int column = blockIdx.z * COLUMNS + threadIdx.x % LANES * VECTOR;
   const int group = threadIdx.x / LANES;
-  const int first_row = blockIdx.y * params.rows_per_cta;
-  for (int row = first_row; row < min(first_row + params.rows_per_cta, rows); ++row) {
-    // Part 0 lies behind all slots, part p >= 1 at its slot.
-    const auto partial_row = [&](int part) {
-      const int index = part == 0 ? params.num_slots + split.slot : split.slot + part;
-      return (int64_t)index * rows + row;
-    };
-    float4 ahead[PARTS_IN_FLIGHT];  // requested before the weights are known
+  float4 ahead[ROW_PARTS_IN_FLIGHT];  // requested before the weights are known
 #pragma unroll
-    for (int i = 0; i < PARTS_IN_FLIGHT; ++i) {
-      const int part = group + i * GROUPS;
-      if (part < split.num_parts) {
-        ahead[i] = *reinterpret_cast<const float4*>(params.o_partial + partial_row(part) * KV_LORA_RANK + column);
-      }
+  for (int i = 0; i < ROW_PARTS_IN_FLIGHT; ++i) {
+    const int part = group + i * GROUPS;
+    if (part < split.num_parts) {
+      ahead[i] = *reinterpret_cast<const float4*>(params.o_partial +
+                                                  partial_row(params, split, part, row) * KV_LORA_RANK + column);
     }
-    float top = -infinity();
-    for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
-      const float value = params.lse_partial[partial_row(part)];
-      shared.weight[part] = value;
-      top = fmaxf(top, value);
-    }
-    top = block_max(top, shared.warp_top);
-    const float reference = top == -infinity() ? 0.f : top;
-    float total = 0.f;
-    for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
-      const float weight = ex2(shared.weight[part] - reference);
-      shared.weight[part] = weight;
-      total += weight;
-    }
-    total = block_sum(total, shared.warp_sum);  // its barrier publishes the weights too
-
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int i = 0; i < PARTS_IN_FLIGHT; ++i) {
-      const int part = group + i * GROUPS;
-      if (part < split.num_parts) accumulate(sum, ahead[i], shared.weight[part]);
-    }
-    for (int part = group + PARTS_IN_FLIGHT * GROUPS; part < split.num_parts; part += GROUPS) {
-      const float4 value =
-          *reinterpret_cast<const float4*>(params.o_partial + partial_row(part) * KV_LORA_RANK + column);
-      accumulate(sum, value, shared.weight[part]);
-    }
-    if constexpr (GROUPS > 1) {
-      shared.sum[threadIdx.x] = sum;
-      __syncthreads();
-      if (group == 0) {
-#pragma unroll
-        for (int other = 1; other < GROUPS; ++other) accumulate(sum, shared.sum[other * LANES + threadIdx.x], 1.f);
-      }
-    }
-    if (group == 0) {
-      const float scale = total > 0.f ? 1.f / total : 0.f;
-      uint2 packed;
-      packed.x = pack<IS_BF16>(sum.x * scale, sum.y * scale);
-      packed.y = pack<IS_BF16>(sum.z * scale, sum.w * scale);
-      const int64_t out_row = (int64_t)request * rows + row;
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.out) + out_row * KV_LORA_RANK + column) = packed;
-      if (threadIdx.x == 0 && blockIdx.z == 0) {
-        const int query = row / params.num_heads, head = row % params.num_heads;
-        params.lse[((int64_t)request * params.num_heads + head) * params.seqlen_q + query] =
-            total > 0.f ? (top + lg2(total)) * LN_2 : infinity();
-      }
-    }
-    __syncthreads();  // the next row writes weights and sums
   }
+  float top = -infinity();
+  for (int part = threadIdx.x; part < split.num_parts; part += ROW_THREADS) {
+    const float value = params.lse_partial[partial_row(params, split, part, row)];
+    shared.weight[part] = value;
+    top = fmaxf(top, value);
+  }
+  top = warp_max(top);
+  if (threadIdx.x % 32 == 0) shared.warp_top[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < ROW_THREADS / 32; ++warp) top = fmaxf(top, shared.warp_top[warp]);
+  const float reference = top == -infinity() ? 0.f : top;
+  float total = 0.f;
+  for (int part = threadIdx.x; part < split.num_parts; part += ROW_THREADS) {
+    const float weight = ex2(shared.weight[part] - reference);
+    shared.weight[part] = weight;
+    total += weight;
+  }
+  total = warp_sum(total);
+  if (threadIdx.x % 32 == 0) shared.warp_sum[threadIdx.x / 32] = total;
+  __syncthreads();
+  total = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < ROW_THREADS / 32; ++warp) total += shared.warp_sum[warp];
+
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < ROW_PARTS_IN_FLIGHT; ++i) {
+    const int part = group + i * GROUPS;
+    if (part < split.num_parts) accumulate(sum, ahead[i], shared.weight[part]);
+  }
+  for (int part = group + ROW_PARTS_IN_FLIGHT * GROUPS; part < split.num_parts; part += GROUPS) {
+    const int64_t offset = partial_row(params, split, part, row) * KV_LORA_RANK + column;
+    accumulate(sum, *reinterpret_cast<const float4*>(params.o_partial + offset), shared.weight[part]);
+  }
+  shared.sum[threadIdx.x] = sum;
+  __syncthreads();
+  if (group != 0) return;
+#pragma unroll
+  for (int other = 1; other < GROUPS; ++other) accumulate(sum, shared.sum[other * LANES + threadIdx.x], 1.f);
+  const int64_t out_row = (int64_t)request * params.seqlen_q * params.num_heads + row;
+  store_columns<IS_BF16>(params, out_row * KV_LORA_RANK + column, sum, total > 0.f ? 1.f / total : 0.f);
+  if (threadIdx.x == 0 && blockIdx.z == 0) store_lse(params, request, row, top, total);
 }
 
-#define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-      flash_fwd_mla_combine_kernel_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {       \
-    combine<KV_LORA_RANK, KV_LORA_RANK, IS_BF16>(params);                                                         \
-  }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-      flash_fwd_mla_combine_kernel_few_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
-    combine<KV_LORA_RANK, 128, IS_BF16>(params);                                                                  \
+// Grid: (requests or slots, rows / 4).
+template <int KV_LORA_RANK, bool IS_BF16>
+__device__ __forceinline__ void combine_warp(const CombineParams& params) {
+  constexpr int VECTORS = KV_LORA_RANK / (32 * VECTOR);  // loads per part
+  griddepcontrol_launch_dependents();
+  PlanSplit split;
+  const int request = cut_request(params, blockIdx.x, split);
+  griddepcontrol_wait();  // every CTA, as in combine_row
+  const int row = blockIdx.y * (WARP_THREADS / 32) + threadIdx.x / 32;
+  if (request < 0 || row >= params.seqlen_q * params.num_heads) return;
+
+  const int lane = threadIdx.x % 32;
+  const auto load = [&](int part, int vector) {
+    return *reinterpret_cast<const float4*>(params.o_partial + partial_row(params, split, part, row) * KV_LORA_RANK +
+                                            (vector * 32 + lane) * VECTOR);
+  };
+  float4 ahead[WARP_PARTS_IN_FLIGHT][VECTORS];  // requested before the weights are known; a cut request has two parts
+#pragma unroll
+  for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
+#pragma unroll
+    for (int vector = 0; vector < VECTORS; ++vector) ahead[i][vector] = load(i, vector);
+  }
+  float top = -infinity();
+  for (int part = lane; part < split.num_parts; part += 32) {
+    top = fmaxf(top, params.lse_partial[partial_row(params, split, part, row)]);
+  }
+  top = warp_max(top);
+  const float reference = top == -infinity() ? 0.f : top;
+  float4 sum[VECTORS] = {};
+  float total = 0.f;
+  for (int first = 0; first < split.num_parts; first += 32) {
+    float weight = 0.f;  // of part first + lane
+    if (first + lane < split.num_parts) {
+      weight = ex2(params.lse_partial[partial_row(params, split, first + lane, row)] - reference);
+    }
+    total += warp_sum(weight);
+    for (int part = first; part < min(first + 32, split.num_parts); part += WARP_PARTS_IN_FLIGHT) {
+#pragma unroll
+      for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
+        if (part + i >= split.num_parts) break;
+        const float part_weight = __shfl_sync(0xFFFFFFFF, weight, part + i - first);
+#pragma unroll
+        for (int vector = 0; vector < VECTORS; ++vector) accumulate(sum[vector], ahead[i][vector], part_weight);
+      }
+#pragma unroll
+      for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
+        const int next = part + WARP_PARTS_IN_FLIGHT + i;
+        if (next >= split.num_parts) break;
+#pragma unroll
+        for (int vector = 0; vector < VECTORS; ++vector) ahead[i][vector] = load(next, vector);
+      }
+    }
+  }
+  const int64_t out_row = (int64_t)request * params.seqlen_q * params.num_heads + row;
+#pragma unroll
+  for (int vector = 0; vector < VECTORS; ++vector) {
+    store_columns<IS_BF16>(params, out_row * KV_LORA_RANK + (vector * 32 + lane) * VECTOR, sum[vector],
+                           total > 0.f ? 1.f / total : 0.f);
+  }
+  if (lane == 0) store_lse(params, request, row, top, total);
+}
+
+#define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                               \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
+      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
+    combine_row<KV_LORA_RANK, 128, IS_BF16>(params);                                                                \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
+      flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
+    combine_row<KV_LORA_RANK, KV_LORA_RANK, IS_BF16>(params);                                                       \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(WARP_THREADS)                                                        \
+      flash_fwd_mla_combine_kernel_warp_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {    \
+    combine_warp<KV_LORA_RANK, IS_BF16>(params);                                                                    \
   }
 
 COMBINE_KERNELS(bf16, true, 512)

@@ -81,7 +81,7 @@ struct ProducerState {
 
 template <class S>
 struct alignas(1024) Shared {
-  uint8_t ring[S::STAGES][S::TILES][TILE_BYTES];
+  uint8_t ring[S::STAGES][S::TILES][TILE_BYTES];  // first: slot_address counts from the start
   uint8_t q_rope[S::HAS_Q_TAIL ? TILE_BYTES : 16];        // Q's steps 32..35, 128-byte swizzle
   uint8_t q_step[S::HAS_Q_TAIL ? BLOCK_M * 16 * 2 : 16];  // Q's step 31, no swizzle
   float inverse_sum[S::SUM_BUFFERS][BLOCK_M];
@@ -161,6 +161,15 @@ template <class S>
 __device__ __forceinline__ int page_of(const DecodeParams& params, int request, int token) {
   return ld_global_nc(params.block_table + request * params.table_stride_request +
                       token / params.block_size * params.table_stride_page);
+}
+
+// Asks for the block table of the first item, a line of 32 pages per lane, while the producer waits for its length: the
+// first page of a cold table is a miss of ~1 µs behind two others.
+__device__ __forceinline__ void prefetch_table(const DecodeParams& params, const Cta& cta) {
+  const int4 plan = ld_global_nc(reinterpret_cast<const int4*>(params.items) + cta.plan_slot);
+  const int page = thread_index() % 32 * 32;
+  if (plan.x < 0 || page >= params.max_blocks) return;
+  prefetch_global_l2(params.block_table + plan.x * params.table_stride_request + page * params.table_stride_page);
 }
 
 // Moves the walk to the next item that has units.
@@ -633,6 +642,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   __syncthreads();
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  if (threadIdx.x / 32 == WARPGROUP / 32) prefetch_table(params, shared.cta);
 
   // Uniform to the compiler too, or it serialises the wgmmas.
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);

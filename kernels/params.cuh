@@ -36,7 +36,7 @@ struct DecodeParams {
   int64_t table_stride_page;        // elements
   int64_t seqlens_stride;           // elements
   float softmax_scale_log2;         // softmax_scale * log2(e)
-  int batch;
+  int max_blocks;
   int seqlen_q;
   int num_heads;
   int group;                        // num_heads / h_kv
@@ -61,5 +61,4 @@ struct CombineParams {
   int seqlen_q;
   int num_heads;
   int num_slots;
-  int rows_per_cta;
 };

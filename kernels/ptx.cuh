@@ -113,6 +113,10 @@ __device__ __forceinline__ int4 ld_global_nc(const int4* address) {
   return value;
 }
 
+__device__ __forceinline__ void prefetch_global_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // --- synchronisation and registers ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void bar_sync(int barrier, int threads) {

@@ -22,7 +22,6 @@ CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 ROW_TILE = 64  # query rows per CTA
 THREADS = 384
-COMBINE_THREADS = 128
 # Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them.
 STAGES = {512: 3, 256: 5, 128: 8}
 TILE_COLUMNS = 64
@@ -30,9 +29,10 @@ MAX_WORKSPACE = 64 * 2**20  # bytes
 # sizeof(Shared) of kernels/dense_decode.cu, rounded up to its alignment: a test compares.
 SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 LOG2_E = math.log2(math.e)
-# Up to so many rows are merged by a CTA per row and 128 columns, for latency; more in groups of whole rows.
-FEW_MERGED_ROWS = 2048
-MERGED_ROWS_PER_CTA = 4
+# How rows are merged: few of them by a CTA per row and 128 columns, more by a CTA per row, many by a warp per row. The
+# limits are what an H200's 132 SMs hold at once, four CTAs of 512 threads each.
+CHUNK_ROWS, WHOLE_ROWS = 132, 528
+ROW_THREADS, WARP_THREADS = 512, 128
 MERGED_COLUMNS = 128
 
 
@@ -221,7 +221,7 @@ def decode(
             *block_table.stride(),
             cache_seqlens.stride(0),
             softmax_scale * LOG2_E,
-            call.batch,
+            call.max_blocks,
             call.seqlen_q,
             call.num_heads,
             call.num_heads // call.h_kv,
@@ -274,9 +274,12 @@ def _combine(
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    few = groups * rows <= FEW_MERGED_ROWS
-    rows_per_cta = 1 if few else MERGED_ROWS_PER_CTA
-    grid = (groups, -(-rows // rows_per_cta), call.kv_lora_rank // MERGED_COLUMNS if few else 1)
+    if groups * rows <= CHUNK_ROWS:
+        form, grid, threads = "chunk", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), ROW_THREADS
+    elif groups * rows <= WHOLE_ROWS:
+        form, grid, threads = "row", (groups, rows, 1), ROW_THREADS
+    else:
+        form, grid, threads = "warp", (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
     COMBINE.pack_into(
         _thread.combine,
         0,
@@ -288,8 +291,7 @@ def _combine(
         call.seqlen_q,
         call.num_heads,
         slots,
-        rows_per_cta,
     )
-    name = f"flash_fwd_mla_combine_kernel{'_few' if few else ''}_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
+    name = f"flash_fwd_mla_combine_kernel_{form}_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
     kernel = driver.function(call.device_index, "combine", name)
-    driver.launch(call.device_index, kernel, grid, COMBINE_THREADS, 0, stream, _thread.combine, programmatic=True)
+    driver.launch(call.device_index, kernel, grid, threads, 0, stream, _thread.combine, programmatic=True)

@@ -22,7 +22,7 @@ DECODE_FIELDS = (
     ("table_stride_page", "q"),
     ("seqlens_stride", "q"),
     ("softmax_scale_log2", "f"),
-    ("batch", "i"),
+    ("max_blocks", "i"),
     ("seqlen_q", "i"),
     ("num_heads", "i"),
     ("group", "i"),
@@ -46,7 +46,6 @@ COMBINE_FIELDS = (
     ("seqlen_q", "i"),
     ("num_heads", "i"),
     ("num_slots", "i"),
-    ("rows_per_cta", "i"),
 )
 # Tensor maps are aligned to 64 bytes, and so is the struct that holds them.
 _fields = "".join(code for _, code in DECODE_FIELDS)
