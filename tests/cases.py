@@ -9,16 +9,23 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Not whether the kernels are built: on a Hopper GPU without them the tests fail and say so.
+ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 # (backend, dtype) that run here; the interpreter computes in float16 and float32 only.
 BACKENDS = (
     [("torch", torch.bfloat16), ("triton", torch.bfloat16), ("triton", torch.float16)]
     if DEVICE == "cuda"
     else [("torch", torch.float32), ("torch", torch.float16), ("triton", torch.float16), ("triton", torch.float32)]
 )
+if ON_HOPPER:
+    BACKENDS += [("cuda", torch.bfloat16), ("cuda", torch.float16)]
 TRITON_DTYPES = [dtype for backend, dtype in BACKENDS if backend == "triton"]
+# Each backend that has kernels, in one dtype: where a dtype more would show nothing.
+KERNELS = [("triton", TRITON_DTYPES[0])] + ([("cuda", torch.bfloat16)] if ON_HOPPER else [])
 GARBAGE = 2147480000  # a page that no pool has
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: CUDA graphs and real sizes")
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs Hopper: the compiled kernels are for nothing else")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BACKENDS, CASES, DEVICE, TRITON_DTYPES, Case, Problem, make, needs_gpu
+from cases import BACKENDS, CASES, DEVICE, KERNELS, TRITON_DTYPES, Case, Problem, make, needs_gpu
 from numerics import assert_right, reference
 
 import flash_mla
@@ -19,6 +19,7 @@ from flash_mla.backends import triton as triton_backend
 BY_BACKEND = pytest.mark.parametrize(
     ("backend", "dtype"), BACKENDS, ids=[f"{backend}-{str(dtype)[6:]}" for backend, dtype in BACKENDS]
 )
+BY_KERNEL = pytest.mark.parametrize(("backend", "dtype"), KERNELS, ids=[backend for backend, _ in KERNELS])
 SPLIT = Case("split, ragged, causal", (400, 1, 65), seqlen_q=2)
 
 
@@ -38,7 +39,7 @@ def test_result(case: Case, backend: str, dtype: torch.dtype) -> None:
 def test_every_form_computes_the_same_function(form: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     device = triton_backend.device_of(DEVICE, 0)
     if form and DEVICE == "cuda" and not device.has_wgmma:
-        pytest.skip("needs a Hopper GPU: the other forms are written for wgmma")
+        pytest.skip("needs Hopper: the other forms are written for wgmma")
     block_m, block_n = ((16, 32), (64, 64), (32, 64))[form]
     schedule = triton_backend.Schedule(block_m, block_n, form, 4 if form == 0 else 8, 2, 1)
     monkeypatch.setattr(triton_backend, "choose_schedule", lambda *_: schedule)
@@ -143,7 +144,7 @@ LAYOUTS = (
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.__name__.strip("_") for layout in LAYOUTS])
 @pytest.mark.parametrize("block_size", [64, 48])
-@pytest.mark.parametrize(("backend", "dtype"), [BACKENDS[0], ("triton", TRITON_DTYPES[0])], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), [BACKENDS[0], *KERNELS], ids=str)
 def test_strides(layout, block_size: int, backend: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     problem = make(dataclasses.replace(SPLIT, block_size=block_size), dtype)
     arranged = layout(problem)
@@ -151,8 +152,8 @@ def test_strides(layout, block_size: int, backend: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("block_size", [64, 48])
-@pytest.mark.parametrize("dtype", TRITON_DTYPES[:1], ids=str)
-def test_page_offset_beyond_int32(block_size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@BY_KERNEL
+def test_page_offset_beyond_int32(block_size: int, backend: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Page 2 at 2**30 elements per page: the offset is 2**31, one more than int32 holds, the stride is not."""
     case = Case("far page", (block_size + 3,), block_size=block_size)
     problem = make(case, dtype, spare_pages=1)
@@ -166,7 +167,7 @@ def test_page_offset_beyond_int32(block_size: int, dtype: torch.dtype, tmp_path:
     problem.block_table[0, :2] = torch.tensor([1, 2], dtype=torch.int32)
     pool[1:, :, :, :] = torch.randn(pool[1:].shape, generator=torch.Generator().manual_seed(1)).to(pool)
     pool[2, 3:] = float("nan")
-    out, lse = run(dataclasses.replace(problem, kv_cache=pool), "triton")
+    out, lse = run(dataclasses.replace(problem, kv_cache=pool), backend)
     assert_right(dataclasses.replace(problem, kv_cache=pool.contiguous()), out, lse)
 
 
@@ -190,26 +191,26 @@ def plan_of(lengths: tuple[int, ...], num_slots: int, problem: Problem, determin
     return SplitPlan(items.to(DEVICE), splits.to(DEVICE), batch, seqlen_q, num_heads, h_kv, deterministic)
 
 
-def test_cases_are_split() -> None:
+@BY_KERNEL
+def test_cases_are_split(backend: str, dtype: torch.dtype) -> None:
     """The cases' lengths are long enough for a plan to cut them: else the tests would not see a merge."""
     for why in ("ragged enough that", "causal, split", "causal, 64-row tiles", "two latent heads", "many rows"):
         case = next(case for case in CASES if case.why.startswith(why))
-        q, kv_cache, block_table, lengths = make(case, TRITON_DTYPES[0]).arguments()
-        plan = flash_mla.plan_splits(
-            q, kv_cache, block_table, lengths, kv_lora_rank=case.kv_lora_rank, backend="triton"
-        )
+        q, kv_cache, block_table, lengths = make(case, dtype).arguments()
+        plan = flash_mla.plan_splits(q, kv_cache, block_table, lengths, kv_lora_rank=case.kv_lora_rank, backend=backend)
         assert int(plan.splits[:, 1].max()) > 1, why
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4, 7, 40])
 @pytest.mark.parametrize("seqlen_q", [1, 2])
-def test_any_number_of_slots(num_slots: int, seqlen_q: int) -> None:
+@BY_KERNEL
+def test_any_number_of_slots(num_slots: int, seqlen_q: int, backend: str, dtype: torch.dtype) -> None:
     """One slot needs no merge; two hold the end of one request and the beginning of another; 40 are not all used."""
-    problem = make(Case("packed", (300, 700, 300), seqlen_q=seqlen_q), TRITON_DTYPES[0])
+    problem = make(Case("packed", (300, 700, 300), seqlen_q=seqlen_q), dtype)
     plan = plan_of(problem.case.lengths, num_slots, problem)
     if num_slots == 2:
         assert plan.items[:, 0].tolist() == [0, 1, -1, 1, 2]
-    assert_right(problem, *run(problem, "triton", plan=plan))
+    assert_right(problem, *run(problem, backend, plan=plan))
 
 
 @BY_BACKEND
@@ -243,12 +244,13 @@ def test_deterministic_results_do_not_depend_on_the_batch(backend: str, dtype: t
             assert torch.equal(beside, alone)
 
 
-def test_parts_without_tokens() -> None:
+@BY_KERNEL
+def test_parts_without_tokens(backend: str, dtype: torch.dtype) -> None:
     """A plan with more parts than the request has units now: the empty parts weigh nothing."""
-    problem = make(Case("short", (5,)), TRITON_DTYPES[0])
+    problem = make(Case("short", (5,)), dtype)
     plan = plan_of((64 * 16,), 16, problem)
     assert plan.splits.tolist() == [[0, 16]]
-    assert_right(problem, *run(problem, "triton", plan=plan))
+    assert_right(problem, *run(problem, backend, plan=plan))
 
 
 @BY_BACKEND
@@ -267,7 +269,9 @@ def test_outputs_are_written_whole(backend: str, dtype: torch.dtype, monkeypatch
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         made = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-7)
+        if made.is_floating_point():
+            return made.fill_(float("nan"))
+        return made.fill_(255 if made.dtype == torch.uint8 else -7)  # bytes 255: NaN in every floating dtype
 
     problem = make(Case("split and whole, empty too", (400, 0, 3), num_heads=10, seqlen_q=2), dtype)
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -332,7 +336,8 @@ def _free_slot(problem: Problem) -> int:
 
 @needs_gpu
 @pytest.mark.parametrize("num_heads", [16, 20, 128])
-def test_graph_replay_follows_the_lengths(num_heads: int) -> None:
+@pytest.mark.parametrize("backend", [backend for backend, _ in KERNELS])
+def test_graph_replay_follows_the_lengths(backend: str, num_heads: int) -> None:
     """Captured at one set of lengths, replayed at another: the device decides, the plan is part of the graph."""
     case = Case("captured", (1, 700, 64), num_heads=num_heads, kv_lora_rank=512, qk_rope_head_dim=64)
     problem = make(case, torch.bfloat16)
@@ -341,9 +346,9 @@ def test_graph_replay_follows_the_lengths(num_heads: int) -> None:
     table.clamp_(max=pool.shape[0] - 1)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        plan = flash_mla.plan_splits(q, pool, table, lengths, kv_lora_rank=512, backend="triton")
+        plan = flash_mla.plan_splits(q, pool, table, lengths, kv_lora_rank=512, backend=backend)
         return flash_mla.decode(
-            q, pool, table, lengths, kv_lora_rank=512, softmax_scale=0.11, plan=plan, backend="triton"
+            q, pool, table, lengths, kv_lora_rank=512, softmax_scale=0.11, plan=plan, backend=backend
         )
 
     step()
@@ -361,11 +366,13 @@ def test_graph_replay_follows_the_lengths(num_heads: int) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-def test_a_real_size(num_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [pair for pair in BACKENDS if pair[0] != "torch"], ids=lambda value: str(value)[-8:]
+)
+def test_a_real_size(num_heads: int, backend: str, dtype: torch.dtype) -> None:
     case = Case("long", (4096, 1, 8191, 777), num_heads=num_heads, kv_lora_rank=512, qk_rope_head_dim=64, seqlen_q=2)
     problem = make(case, dtype)
-    assert_right(problem, *run(problem, "triton"))
+    assert_right(problem, *run(problem, backend))
 
 
 def test_reference_notices_a_lost_token() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DEVICE, TRITON_DTYPES, Case, make
+from cases import DEVICE, TRITON_DTYPES, Case, make, needs_hopper
 
 import flash_mla
 from flash_mla import contract
@@ -33,10 +33,6 @@ from flash_mla.contract import (
 )
 
 UNUSED = [-1, 0, 0, -1]
-needs_hopper = pytest.mark.skipif(
-    DEVICE != "cuda" or torch.cuda.get_device_capability() != (9, 0) or driver.unavailable() is not None,
-    reason="needs a Hopper GPU and the compiled kernels",
-)
 # The definition's integers are promised for CPU tensors.
 MADE_BY = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, DEVICE), "cuda": (cuda_backend, DEVICE)}
 ON_GPUS = [pytest.param("triton"), pytest.param("cuda", marks=needs_hopper)]
