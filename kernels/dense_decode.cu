@@ -12,9 +12,9 @@
 // warpgroup's first thread is the producer: it issues TMA for a ring slot when both value warpgroups have left it.
 // Ring entries, in order, per item: Q, then its units. P(j) overwrites the rotated-key tile of unit j, which nothing
 // reads after S(j). Barriers, all with one phase per ring entry:
-//   full[slot][g] producer -> score     group g of the column tiles of Q or of the unit has arrived
+//   full[slot]    producer -> score     Q or the unit has arrived
 //   p_full[slot]  score -> value        P is stored (Q entry: Q is in registers)
-//   empty[slot][h] value -> producer    value warpgroup h has left the entry (Q entry: has seen p_full)
+//   empty[slot]   value -> producer     nobody reads the slot any more (Q entry: score -> producer)
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
 #include "params.cuh"
 #include "wgmma.cuh"
@@ -87,7 +87,7 @@ struct alignas(1024) Shared {
   float inverse_sum[S::SUM_BUFFERS][BLOCK_M];
   uint64_t full[S::STAGES];
   uint64_t p_full[S::STAGES];
-  uint64_t empty[S::STAGES][2];
+  uint64_t empty[S::STAGES];
   uint8_t rise[S::STAGES][BLOCK_M];  // alpha = 2^-rise
   ProducerState producer;
   Cta cta;
@@ -138,6 +138,7 @@ __device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
   Item item;
   item.request = plan.x;
   item.next = plan.w;
+  item.num_units = 0;
   if (plan.x < 0) return item;
   const int length = ld_global_nc(params.cache_seqlens + plan.x * params.seqlens_stride);
   item.length = length < 0 ? 0 : length;
@@ -245,8 +246,7 @@ __device__ __forceinline__ void produce(const DecodeParams& params, Shared<S>& s
                                         int page) {
   ProducerState& state = shared.producer;
   if (state.unit == state.units_end) return;
-  mbarrier_wait(shared.empty[slot][0], parity);
-  mbarrier_wait(shared.empty[slot][1], parity);
+  mbarrier_wait(shared.empty[slot], parity);
   load_entry<S>(params, shared, slot, page);
   if (state.needs_q) {
     state.needs_q = 0;
@@ -360,7 +360,10 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
       mbarrier_wait(shared.full[position.slot()], position.phase());
       take_q<S>(shared, position.slot(), q);
       __syncwarp();
-      if (thread_index() % 32 == 0) mbarrier_arrive(shared.p_full[position.slot()]);
+      if (thread_index() % 32 == 0) {
+        mbarrier_arrive(shared.p_full[position.slot()]);
+        mbarrier_arrive(shared.empty[position.slot()], 2);  // 4 warps stand for the 8 of the value warpgroups
+      }
       position.advance();
 
       bool is_first = true;
@@ -539,13 +542,27 @@ __device__ __forceinline__ void store_row(const DecodeParams& params, const Cta&
   }
 }
 
+// Whether an item with units follows that of plan row `row`.
+__device__ __forceinline__ bool next_has_units(const DecodeParams& params, int row) {
+  Item item = load_item(params, row);
+  do {
+    if (item.next < 0) return false;
+    item = load_item(params, item.next);
+  } while (item.num_units == 0);
+  return true;
+}
+
 template <class S, int HALF>
 __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>& shared) {
   constexpr bool PRODUCES = HALF == 0;
   if (PRODUCES && thread_index() == WARPGROUP) {
     shared.producer.row = shared.cta.plan_slot;
     next_item<S>(params, shared);
-    for (int slot = 0; slot < S::STAGES; ++slot) produce<S>(params, shared, slot, 1, next_page<S>(params, shared));
+    // All slots, of which none was used before, and then the one that holds Q once more.
+    for (int entry = 0; entry <= S::STAGES; ++entry) {
+      const int slot = entry == S::STAGES ? 0 : entry;
+      produce<S>(params, shared, slot, entry == S::STAGES ? 0 : 1, next_page<S>(params, shared));
+    }
   }
   __syncwarp();
 
@@ -563,14 +580,8 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
     for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) o[i] = 0.f;
     float scale[2] = {0.f, 0.f};
     if (units_left > 0) {
-      mbarrier_wait(shared.p_full[position.slot()], position.phase());  // Q has been taken
-      // Left by both value warpgroups like every entry: released by the score warpgroup alone, the slot could be
-      // filled and announced again before the slower of them has seen this phase, and it would wait for ever.
-      if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[position.slot()][HALF]);
-      if (PRODUCES && thread_index() == WARPGROUP) {
-        produce<S>(params, shared, position.slot(), position.phase(), next_page<S>(params, shared));
-      }
-      __syncwarp();
+      // Q's entry. It is not waited for: score has announced it when it announces the units after it. And it must not be
+      // waited for: score alone leaves it, so its slot may already have been filled and announced once more.
       position.advance();
       for (; units_left > 0; --units_left) {
         const int slot = position.slot();
@@ -608,10 +619,18 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
           scale[1] = shared.inverse_sum[sum_buffer][row + 8];
         }
         __syncwarp();
-        if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot][HALF]);
-        if (PRODUCES && thread_index() == WARPGROUP) produce<S>(params, shared, slot, position.phase(), page);
+        if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot]);
+        if (PRODUCES && thread_index() == WARPGROUP) {
+          produce<S>(params, shared, slot, position.phase(), page);
+        }
         __syncwarp();
         position.advance();
+        if (PRODUCES && units_left == 1 && thread_index() == WARPGROUP && next_has_units(params, plan_row)) {
+          // The next item's Q lies behind: its slot is free as soon as score has taken it. Now, not after the stores,
+          // which take 2,500 clocks: the next item's third unit goes there.
+          produce<S>(params, shared, position.slot(), position.phase(), next_page<S>(params, shared));
+        }
+        __syncwarp();
       }
       sum_buffer = sum_buffer + 1 == S::SUM_BUFFERS ? 0 : sum_buffer + 1;
     }
@@ -632,8 +651,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     for (int slot = 0; slot < S::STAGES; ++slot) {
       mbarrier_init(shared.full[slot], 1);
       mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
-      mbarrier_init(shared.empty[slot][0], 4);  // warps of a value warpgroup
-      mbarrier_init(shared.empty[slot][1], 4);
+      mbarrier_init(shared.empty[slot], 8);  // warps of the value warpgroups
     }
     fence_mbarrier_init();
     const int tile = blockIdx.x % params.tiles;
