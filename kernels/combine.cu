@@ -7,7 +7,7 @@
 //   combine_warp  many rows: a warp per row, all columns; no barriers
 #include "params.cuh"
 
-constexpr int ROW_THREADS = 512;
+constexpr int ROW_THREADS = 256;
 constexpr int WARP_THREADS = 128;
 constexpr int VECTOR = 4;  // fp32 elements per load: 16 bytes
 constexpr int ROW_PARTS_IN_FLIGHT = 8;
@@ -213,11 +213,11 @@ __device__ __forceinline__ void combine_warp(const CombineParams& params) {
 }
 
 #define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                               \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                         \
       flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
     combine_row<KV_LORA_RANK, 128, IS_BF16>(params);                                                                \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                         \
       flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
     combine_row<KV_LORA_RANK, KV_LORA_RANK, IS_BF16>(params);                                                       \
   }                                                                                                                 \

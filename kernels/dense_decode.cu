@@ -138,7 +138,6 @@ __device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
   Item item;
   item.request = plan.x;
   item.next = plan.w;
-  item.num_units = 0;
   if (plan.x < 0) return item;
   const int length = ld_global_nc(params.cache_seqlens + plan.x * params.seqlens_stride);
   item.length = length < 0 ? 0 : length;
@@ -542,7 +541,7 @@ __device__ __forceinline__ void store_row(const DecodeParams& params, const Cta&
   }
 }
 
-// Whether an item with units follows that of plan row `row`.
+// Whether an item with units follows that of plan row `row`. A plan's `next` never leads to an unused row.
 __device__ __forceinline__ bool next_has_units(const DecodeParams& params, int row) {
   Item item = load_item(params, row);
   do {

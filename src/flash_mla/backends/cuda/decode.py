@@ -30,9 +30,9 @@ MAX_WORKSPACE = 64 * 2**20  # bytes
 SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 LOG2_E = math.log2(math.e)
 # How rows are merged: few of them by a CTA per row and 128 columns, more by a CTA per row, many by a warp per row. The
-# limits are what an H200's 132 SMs hold at once, four CTAs of 512 threads each.
+# limits are what an H200's 132 SMs hold at once, four CTAs of 256 threads and 64 registers each.
 CHUNK_ROWS, WHOLE_ROWS = 132, 528
-ROW_THREADS, WARP_THREADS = 512, 128
+ROW_THREADS, WARP_THREADS = 256, 128
 MERGED_COLUMNS = 128
 
 
