@@ -3,10 +3,13 @@
 // Launched programmatic: it may begin while decode still runs, reads the plan, and waits for the partial results.
 // Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes from
 // L2. All of them are wanted at once, so there are two forms:
-//   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts
+//   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts. All CTAs must be
+//                 resident at once (64 registers x 256 threads: four per SM), or a second wave doubles the time. The
+//                 fewest rows get CTAs of 512 threads: twice the parts in flight.
 //   combine_warp  many rows: a warp per row, all columns; no barriers
 #include "params.cuh"
 
+constexpr int FEW_THREADS = 512;
 constexpr int ROW_THREADS = 256;
 constexpr int WARP_THREADS = 128;
 constexpr int VECTOR = 4;  // fp32 elements per load: 16 bytes
@@ -15,11 +18,12 @@ constexpr int WARP_PARTS_IN_FLIGHT = 2;  // each KV_LORA_RANK / 128 loads
 constexpr int MAX_PARTS = 1024;          // more slots than a device has SMs
 constexpr float LN_2 = 0.6931471805599453f;
 
+template <int THREADS>
 struct Shared {
   float weight[MAX_PARTS];
-  float4 sum[ROW_THREADS];
-  float warp_top[ROW_THREADS / 32];
-  float warp_sum[ROW_THREADS / 32];
+  float4 sum[THREADS];
+  float warp_top[THREADS / 32];
+  float warp_sum[THREADS / 32];
 };
 
 // The request that CTA `index` of the grid merges, or -1. Counted by slots: a cut request is found at the slot of its
@@ -79,11 +83,11 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 // Grid: (requests or slots, rows, column chunks).
-template <int KV_LORA_RANK, int COLUMNS, bool IS_BF16>
+template <int KV_LORA_RANK, int COLUMNS, int THREADS, bool IS_BF16>
 __device__ __forceinline__ void combine_row(const CombineParams& params) {
   constexpr int LANES = COLUMNS / VECTOR;      // threads across the columns
-  constexpr int GROUPS = ROW_THREADS / LANES;  // groups of them share the parts
-  __shared__ Shared shared;
+  constexpr int GROUPS = THREADS / LANES;  // groups of them share the parts
+  __shared__ Shared<THREADS> shared;
   griddepcontrol_launch_dependents();
   PlanSplit split;
   // The plan is older than the launch of decode, which has begun.
@@ -106,7 +110,7 @@ __device__ __forceinline__ void combine_row(const CombineParams& params) {
     }
   }
   float top = -infinity();
-  for (int part = threadIdx.x; part < split.num_parts; part += ROW_THREADS) {
+  for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
     const float value = params.lse_partial[partial_row(params, split, part, row)];
     shared.weight[part] = value;
     top = fmaxf(top, value);
@@ -115,10 +119,10 @@ __device__ __forceinline__ void combine_row(const CombineParams& params) {
   if (threadIdx.x % 32 == 0) shared.warp_top[threadIdx.x / 32] = top;
   __syncthreads();
 #pragma unroll
-  for (int warp = 0; warp < ROW_THREADS / 32; ++warp) top = fmaxf(top, shared.warp_top[warp]);
+  for (int warp = 0; warp < THREADS / 32; ++warp) top = fmaxf(top, shared.warp_top[warp]);
   const float reference = top == -infinity() ? 0.f : top;
   float total = 0.f;
-  for (int part = threadIdx.x; part < split.num_parts; part += ROW_THREADS) {
+  for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
     const float weight = ex2(shared.weight[part] - reference);
     shared.weight[part] = weight;
     total += weight;
@@ -128,7 +132,7 @@ __device__ __forceinline__ void combine_row(const CombineParams& params) {
   __syncthreads();
   total = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < ROW_THREADS / 32; ++warp) total += shared.warp_sum[warp];
+  for (int warp = 0; warp < THREADS / 32; ++warp) total += shared.warp_sum[warp];
 
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -213,13 +217,17 @@ __device__ __forceinline__ void combine_warp(const CombineParams& params) {
 }
 
 #define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                               \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                         \
-      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
-    combine_row<KV_LORA_RANK, 128, IS_BF16>(params);                                                                \
+  extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)                                                         \
+      flash_fwd_mla_combine_kernel_few_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
+    combine_row<KV_LORA_RANK, 128, FEW_THREADS, IS_BF16>(params);                                                   \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                         \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
+      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
+    combine_row<KV_LORA_RANK, 128, ROW_THREADS, IS_BF16>(params);                                                   \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
       flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
-    combine_row<KV_LORA_RANK, KV_LORA_RANK, IS_BF16>(params);                                                       \
+    combine_row<KV_LORA_RANK, KV_LORA_RANK, ROW_THREADS, IS_BF16>(params);                                          \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(WARP_THREADS)                                                        \
       flash_fwd_mla_combine_kernel_warp_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {    \

@@ -30,9 +30,9 @@ MAX_WORKSPACE = 64 * 2**20  # bytes
 SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 LOG2_E = math.log2(math.e)
 # How rows are merged: few of them by a CTA per row and 128 columns, more by a CTA per row, many by a warp per row. The
-# limits are what an H200's 132 SMs hold at once, four CTAs of 256 threads and 64 registers each.
-CHUNK_ROWS, WHOLE_ROWS = 132, 528
-ROW_THREADS, WARP_THREADS = 256, 128
+# limits are what an H200's 132 SMs hold at once: two CTAs of 512 threads or four of 256 each.
+FEW_ROWS, CHUNK_ROWS, WHOLE_ROWS = 66, 132, 528
+FEW_THREADS, ROW_THREADS, WARP_THREADS = 512, 256, 128
 MERGED_COLUMNS = 128
 
 
@@ -274,7 +274,9 @@ def _combine(
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    if groups * rows <= CHUNK_ROWS:
+    if groups * rows <= FEW_ROWS:
+        form, grid, threads = "few", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), FEW_THREADS
+    elif groups * rows <= CHUNK_ROWS:
         form, grid, threads = "chunk", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), ROW_THREADS
     elif groups * rows <= WHOLE_ROWS:
         form, grid, threads = "row", (groups, rows, 1), ROW_THREADS
