@@ -7,6 +7,8 @@
 //                 resident at once (64 registers x 256 threads: four per SM), or a second wave doubles the time. The
 //                 fewest rows get CTAs of 512 threads: twice the parts in flight.
 //   combine_warp  many rows: a warp per row, all columns; no barriers
+// Up to eight parts, what a deterministic plan makes, are added one after another by combine_warp and by combine_row
+// over 128 columns (eight groups or more, a part each): the same bits from both, so the form may follow the batch.
 #include "params.cuh"
 
 constexpr int FEW_THREADS = 512;
@@ -48,11 +50,12 @@ __device__ __forceinline__ int64_t partial_row(const CombineParams& params, cons
   return (int64_t)index * params.seqlen_q * params.num_heads + row;
 }
 
+// Products are rounded before they are added, so that it does not matter which of them a group of threads begins with.
 __device__ __forceinline__ void accumulate(float4& sum, const float4& value, float weight) {
-  sum.x += value.x * weight;
-  sum.y += value.y * weight;
-  sum.z += value.z * weight;
-  sum.w += value.w * weight;
+  sum.x = __fadd_rn(sum.x, __fmul_rn(value.x, weight));
+  sum.y = __fadd_rn(sum.y, __fmul_rn(value.y, weight));
+  sum.z = __fadd_rn(sum.z, __fmul_rn(value.z, weight));
+  sum.w = __fadd_rn(sum.w, __fmul_rn(value.w, weight));
 }
 
 template <bool IS_BF16>

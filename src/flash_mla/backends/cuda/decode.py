@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, UnsupportedError
+from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, UnsupportedError, fixed_slots
 from . import driver
 from .params import COMBINE, DECODE
 
@@ -278,7 +278,8 @@ def _combine(
         form, grid, threads = "few", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), FEW_THREADS
     elif groups * rows <= CHUNK_ROWS:
         form, grid, threads = "chunk", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), ROW_THREADS
-    elif groups * rows <= WHOLE_ROWS:
+    elif groups * rows <= WHOLE_ROWS and slots != fixed_slots(num_requests):
+        # Not for a deterministic plan: it adds the parts in another order than the others.
         form, grid, threads = "row", (groups, rows, 1), ROW_THREADS
     else:
         form, grid, threads = "warp", (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
