@@ -34,8 +34,11 @@ def fake_driver(append_cubin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     from flash_mla.backends.cuda import driver
 
+    installed: list[FakeDriver] = []
+
     def install(**settings: Any) -> FakeDriver:
         fake = FakeDriver(**settings)
+        installed.append(fake)
         monkeypatch.setattr(driver, "_load_library", lambda: fake)
         driver.reset()
         return fake
@@ -43,3 +46,6 @@ def fake_driver(append_cubin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(driver, "CUBINS", append_cubin.parent)
     yield install
     driver.reset()
+    for fake in installed:
+        for error in fake.errors:
+            raise error

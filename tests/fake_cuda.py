@@ -27,7 +27,8 @@ ERRORS = {
 }
 NUM_SMS = 132
 PRIMARY = 0xC000  # + device: handle of a device's primary context
-EIATTR_CBANK_PARAM_SIZE = b"\x03\x19"  # in .nv.info.<kernel>, followed by the size as u16
+# In .nv.info.<kernel>: format, attribute, 12 bytes about a parameter; the last u32 is its size in bytes << 18.
+EIATTR_KPARAM_INFO = b"\x04\x17\x0c\x00"
 
 
 def kernels_of(cubin: bytes) -> dict[str, int]:
@@ -41,8 +42,8 @@ def kernels_of(cubin: bytes) -> dict[str, int]:
         text = cubin[names + name : cubin.index(b"\0", names + name)].decode()
         if text.startswith(".nv.info."):
             info = cubin[start : start + length]
-            at = info.index(EIATTR_CBANK_PARAM_SIZE)
-            (found[text.removeprefix(".nv.info.")],) = struct.unpack_from("<H", info, at + 2)
+            (last,) = struct.unpack_from("<I", info, info.index(EIATTR_KPARAM_INFO) + 12)
+            found[text.removeprefix(".nv.info.")] = last >> 18
     return found
 
 
@@ -70,6 +71,7 @@ class FakeDriver:
         missing: functions that this library does not have.
         calls: (function, arguments) in order, across threads.
         launches: every launch; `on_launch` is called with each, to do on the CPU what the kernel would.
+        errors: what `on_launch` raised; an exception does not get through a C callback.
     """
 
     version: int = 12090
@@ -77,6 +79,7 @@ class FakeDriver:
     missing: set[str] = field(default_factory=set)
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
     on_launch: Callable[[Launch], None] | None = None
 
     def __post_init__(self) -> None:
@@ -204,7 +207,10 @@ class FakeDriver:
         )
         self.launches.append(launch)
         if self.on_launch is not None:
-            self.on_launch(launch)
+            try:
+                self.on_launch(launch)
+            except Exception as error:
+                self.errors.append(error)
 
     def _cuTensorMapEncodeTiled(self, out: int, *arguments: Any) -> None:
         """The map of this driver: a digest of nothing, 128 bytes of the number of the call."""

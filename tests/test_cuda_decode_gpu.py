@@ -92,6 +92,7 @@ def test_any_number_of_slots(case: Case, num_slots: int) -> None:
 
 # Requests of 16 rows that each of the merge's forms is chosen for.
 FORMS = {
+    "columns over several CTAs, large ones": host.FEW_ROWS // 16,
     "columns over several CTAs": host.CHUNK_ROWS // 16,
     "a CTA per row": host.WHOLE_ROWS // 16,
     "a warp per row": host.WHOLE_ROWS // 16 + 1,
