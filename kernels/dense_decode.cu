@@ -345,7 +345,7 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
   Position<S> position;
   int sum_buffer = 0;
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
-    float reference[2] = {0.f, 0.f};  // of the maxima, log2, whole numbers: alpha is a power of two and exact
+    float reference[2] = {0.f, 0.f};  // of the maxima, log2; it rises by whole numbers: alpha is a power of two and exact
     float sum[2] = {0.f, 0.f};        // of this thread's columns
     int units_left, tokens_left;      // tokens from the current unit on that every row of the tile sees
     {
@@ -411,8 +411,9 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
           for (int half = 0; half < 2; ++half) {
             float rise = top[half][0];
             rise = fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 1));
-            rise = ceilf(fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 2)));
-            if (!is_first) rise = fmaxf(rise, 0.f);
+            rise = fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 2));
+            // The first reference is the maximum itself: P = 1 there, which bf16 holds. Later it rises by whole numbers.
+            if (!is_first) rise = fmaxf(ceilf(rise), 0.f);
             if (rise == -infinity()) rise = 0.f;  // sees nothing here, and so nothing later
             reference[half] += rise;
 #pragma unroll

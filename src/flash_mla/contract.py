@@ -133,7 +133,10 @@ def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _misalignment(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() % 16 if tensor.device.type == "cuda" else 0
+    """Bytes past a multiple of 16; 0 in a trace, where tensors have no address: the op looks again when it runs."""
+    if tensor.device.type != "cuda" or torch.compiler.is_compiling():
+        return 0
+    return tensor.data_ptr() % 16
 
 
 def _check_pool(function: str, kv_cache: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 ROW_TILE = 64  # query rows per CTA
 THREADS = 384
-# Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them.
+# Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them: what SHARED_BYTES follows from.
 STAGES = {512: 3, 256: 5, 128: 8}
 TILE_COLUMNS = 64
 MAX_WORKSPACE = 64 * 2**20  # bytes
@@ -45,8 +45,6 @@ class _PerThread(threading.local):
 
 
 _thread = _PerThread()
-# Partial results of calls outside captures, by (device, stream): launches of one stream follow one another.
-_workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
 def runs_on(device_index: int) -> bool:
@@ -105,15 +103,14 @@ def workspace_bytes(call: DecodeCall, slots: int) -> int:
     return 2 * slots * call.seqlen_q * call.num_heads * (call.kv_lora_rank + 1) * 4
 
 
-def _workspace(device: torch.device, stream: int, size: int) -> torch.Tensor:
-    if torch.cuda.is_current_stream_capturing():
-        # The graph's own memory, from its pool: never that of eager calls, never that of another graph.
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    key = (device.index, stream)
-    workspace = _workspaces.get(key)
-    if workspace is None or workspace.numel() < size:
-        workspace = _workspaces[key] = torch.empty(size, dtype=torch.uint8, device=device)
-    return workspace
+def _workspace(device: torch.device, size: int) -> torch.Tensor:
+    """Memory for partial results, given back when the call returns.
+
+    From torch's allocator, which hands it out again in the order of the stream: the same block call after call, one per
+    device and stream, and that of a graph's own pool in a capture. Kept here instead, a block that was first wanted while
+    torch warms up a CUDA graph would come from that graph's pool, and torch refuses to capture.
+    """
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _walkable(q: torch.Tensor, h_kv: int) -> torch.Tensor:
@@ -158,6 +155,7 @@ def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int) -> bytes:
         (TILE_COLUMNS, box_rows, box_tiles, 1, 1),
         128,
         128,
+        call.device_index,
     )
 
 
@@ -184,8 +182,8 @@ def decode(
         from .plan import plan
 
         items, splits = plan(cache_seqlens, num_slots(call))
-    rows = _walkable(q, call.h_kv)
     device_index = call.device_index
+    rows = _walkable(q, call.h_kv)
     stream = driver.raw_stream(device_index)
     row_tiles, tiles = _tiles(call)
     slots = items.shape[0] - call.batch
@@ -199,7 +197,7 @@ def decode(
     o_partial = lse_partial = 0
     if may_cut:
         most = max(piece_slots for *_, piece_slots in pieces)
-        workspace = _workspace(device, stream, workspace_bytes(call, most))
+        workspace = _workspace(device, workspace_bytes(call, most))
         o_partial = workspace.data_ptr()
         lse_partial = o_partial + 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 4
     dtype = DTYPES[call.dtype]

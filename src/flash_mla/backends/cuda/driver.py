@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from ctypes import c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -405,6 +405,7 @@ def tensor_map(
     box: tuple[int, ...],
     swizzle: int,
     l2_promotion: int,
+    device_index: int = 0,
 ) -> bytes:
     """A CUtensorMap, the 128 bytes that a TMA load takes by way of a `__grid_constant__` parameter.
 
@@ -416,6 +417,8 @@ def tensor_map(
         box: elements per load in each dimension.
         swizzle: 0, 32, 64 or 128 bytes.
         l2_promotion: 0, 64, 128 or 256 bytes: what a load reads into L2 at the least.
+        device_index: device of the address. The driver wants a current context to encode a map, which a fresh thread
+            does not have.
     Raises: ValueError: what TMA demands and the arguments break. DriverError: no driver, or it refuses.
     """
     arguments = (address, dtype, sizes, strides_bytes, box, swizzle, l2_promotion)
@@ -430,16 +433,18 @@ def tensor_map(
         (c_uint32 * rank)(*box),
         (c_uint32 * rank)(*(1,) * rank),
     )
-    result = _driver().cuTensorMapEncodeTiled(
-        ctypes.addressof(memory) + start,
-        TENSOR_MAP_DTYPES[dtype],
-        rank,
-        address,
-        *(ctypes.addressof(array) for array in arrays),
-        0,  # not interleaved
-        TENSOR_MAP_SWIZZLES[swizzle],
-        TENSOR_MAP_L2_PROMOTIONS[l2_promotion],
-        0,  # beyond the sizes: zeros, not NaN
-    )
+    library = _driver()
+    with _context_of(library, device_index) if _needs_context(library, device_index) else nullcontext():
+        result = library.cuTensorMapEncodeTiled(
+            ctypes.addressof(memory) + start,
+            TENSOR_MAP_DTYPES[dtype],
+            rank,
+            address,
+            *(ctypes.addressof(array) for array in arrays),
+            0,  # not interleaved
+            TENSOR_MAP_SWIZZLES[swizzle],
+            TENSOR_MAP_L2_PROMOTIONS[l2_promotion],
+            0,  # beyond the sizes: zeros, not NaN
+        )
     _check(result, "cuTensorMapEncodeTiled", f"address {address:#x}, {', '.join(map(str, arguments[1:]))}")
     return memory.raw[start : start + TENSOR_MAP_BYTES]
