@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,10 @@ class Map:
     box: tuple[int, ...]
     swizzle: int
     l2_promotion: int
+
+    def packed(self) -> bytes:
+        """128 bytes, as `hopper_on_host.h` reads them."""
+        return struct.pack("=15Q8x", self.address, *self.sizes, *self.strides, *self.box)
 
     def rows(self) -> np.ndarray:
         """Its memory as `[outer, heads, rows, d_qk]`; fp16, which numpy has."""

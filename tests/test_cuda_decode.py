@@ -46,7 +46,9 @@ class Recorded:
     def __init__(self, fake: FakeDriver) -> None:
         self.fake = fake
         self.maps: dict[bytes, Map] = {}
+        self.workspaces: list[torch.Tensor] = []
         self.computes = True
+        self.run_decode: Callable[[Launch], None] = lambda launch: do_decode(launch, self.maps)
         fake.on_launch = self.on_launch
 
     def on_launch(self, launch: Launch) -> None:
@@ -55,7 +57,12 @@ class Recorded:
         elif self.computes and "combine" in launch.kernel:
             do_combine(launch)
         elif self.computes:
-            do_decode(launch, self.maps)
+            self.run_decode(launch)
+
+    def allocate(self, device: torch.device, size: int) -> torch.Tensor:
+        """In place of `_workspace`: bytes that are NaN as fp32, and kept."""
+        self.workspaces.append(torch.full((size,), 255, dtype=torch.uint8, device=device))
+        return self.workspaces[-1]
 
     def launches(self, kind: str) -> list[Launch]:
         return [launch for launch in self.fake.launches if kind in launch.kernel]
@@ -79,16 +86,17 @@ def recorded(fake_driver: Callable[..., FakeDriver], cubins: Path, monkeypatch: 
     encode = driver.tensor_map
 
     def remember(*arguments: object) -> bytes:
-        made = encode(*arguments)
-        recorded.maps[made] = Map(*arguments)
+        encode(*arguments)
+        map = Map(*arguments[:7])
+        made = map.packed()
+        recorded.maps[made] = map
         return made
 
     remember.cache_clear = encode.cache_clear  # type: ignore[attr-defined]
     monkeypatch.setattr(driver, "CUBINS", cubins)
     monkeypatch.setattr(driver, "tensor_map", remember)
     monkeypatch.setattr(driver, "raw_stream", lambda device_index: 0x500)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(host, "_workspaces", {})
+    monkeypatch.setattr(host, "_workspace", recorded.allocate)
     return recorded
 
 
@@ -265,7 +273,7 @@ def test_launches(shape: tuple[int, int], dtype: torch.dtype, recorded: Recorded
     assert (main.attributes, merge.attributes) == (PROGRAMMATIC, PROGRAMMATIC)
     assert (main.stream, merge.stream, merge.shared_memory) == (0x500, 0x500, 0)
 
-    (workspace,) = host._workspaces.values()
+    (workspace,) = recorded.workspaces
     o_bytes = 2 * 11 * 5 * 20 * rank * 4
     assert workspace.numel() == o_bytes + 2 * 11 * 5 * 20 * 4 == host.workspace_bytes(on_hopper(problem), 11)
     partial = {"o_partial": workspace.data_ptr(), "lse_partial": workspace.data_ptr() + o_bytes}
@@ -401,7 +409,7 @@ def test_deterministic_plans_run_in_pieces(recorded: Recorded, monkeypatch: pyte
     assert [launch.grid[0] for launch in recorded.launches("combine")] == [3, 3, 2]
     # Each piece is merged before the next one overwrites the partial results.
     assert ["combine" in launch.kernel for launch in recorded.fake.launches] == [False, True] * 3
-    (workspace,) = host._workspaces.values()
+    (workspace,) = recorded.workspaces
     assert workspace.numel() <= host.MAX_WORKSPACE
 
 
@@ -441,34 +449,6 @@ def test_workspace_of_any_shape_is_bounded(recorded: Recorded) -> None:
             size = host.workspace_bytes(shaped, slots) if slots > 1 else 0
             largest = max(largest, size)
     assert largest == 2 * NUM_SMS * 64 * 513 * 4 <= host.MAX_WORKSPACE
-
-
-def test_workspace_is_kept_per_stream_and_device(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded.computes = False
-    few, many = (small(Case("workspace", (65, 700), num_heads=heads)) for heads in (3, 5))
-
-    def partial_of(problem: Problem, stream: int) -> int:
-        monkeypatch.setattr(driver, "raw_stream", lambda device_index: stream)
-        decode(problem)
-        return recorded.decodes()[-1]["o_partial"]
-
-    first = partial_of(many, 1)
-    assert partial_of(few, 1) == partial_of(many, 1) == first
-    assert partial_of(many, 2) != first
-    assert partial_of(small(dataclasses.replace(many.case, num_heads=9)), 1) != first  # grown
-    assert len(host._workspaces) == 2
-
-
-def test_a_capture_has_a_workspace_of_its_own(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither that of eager calls on its stream, nor kept for them."""
-    recorded.computes = False
-    problem = small(Case("captured", (65, 700)))
-    decode(problem)
-    (kept,) = host._workspaces.values()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    decode(problem)
-    assert recorded.decodes()[1]["o_partial"] != kept.data_ptr()
-    assert [tensor is kept for tensor in host._workspaces.values()] == [True]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,332 @@
+// kernels/dense_decode.cu on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from the
+// PTX ISA, not from the kernel: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take fragments
+// and descriptors apart as the ISA lays them out, an mbarrier's phase ends when arrivals and bytes are complete. What the
+// kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out as a wrong number or
+// a wait that never ends. Not modelled: the asynchrony of wgmma and TMA (both finish where they are issued), proxies.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+struct int4 {
+  int x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct Index {
+  int x;
+};
+inline thread_local Index threadIdx, blockIdx;
+inline int thread_index() { return threadIdx.x; }
+
+// --- waiting --------------------------------------------------------------------------------------------------------
+
+// Set when a wait took too long; then no wait waits any more, and the kernel runs to its end with wrong numbers.
+inline std::atomic<bool> is_stuck = false;
+inline std::mutex lock;
+inline std::condition_variable changed;
+constexpr auto PATIENCE = std::chrono::seconds(20);
+
+template <class Condition>
+void wait_until(std::unique_lock<std::mutex>& held, std::condition_variable& event, Condition condition) {
+  if (!event.wait_for(held, PATIENCE, [&] { return is_stuck || condition(); })) is_stuck = true;
+}
+
+struct Barrier {
+  std::mutex lock;
+  std::condition_variable all_here;
+  int here = 0, generation = 0;
+
+  void wait(int threads) {
+    std::unique_lock<std::mutex> held(lock);
+    const int mine = generation;
+    if (++here == threads) {
+      here = 0;
+      ++generation;
+      all_here.notify_all();
+    } else {
+      wait_until(held, all_here, [&] { return generation != mine; });
+    }
+  }
+};
+
+inline Barrier named_barriers[16], warp_barriers[12];
+
+inline void bar_sync(int barrier, int threads) { named_barriers[barrier].wait(threads); }
+inline void __syncthreads() { bar_sync(0, 384); }
+inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
+
+struct Mbarrier {
+  uint16_t expected, pending;
+  int32_t bytes : 24;
+  uint32_t phase : 8;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline void update(uint64_t& barrier, int arrivals, int bytes) {
+  std::lock_guard<std::mutex> held(lock);
+  Mbarrier& state = reinterpret_cast<Mbarrier&>(barrier);
+  state.pending -= arrivals;
+  state.bytes += bytes;
+  if (state.pending == 0 && state.bytes == 0) {
+    state.pending = state.expected;
+    state.phase ^= 1;
+    changed.notify_all();
+  }
+}
+
+inline void mbarrier_init(uint64_t& barrier, uint32_t count) {
+  reinterpret_cast<Mbarrier&>(barrier) = {(uint16_t)count, (uint16_t)count, 0, 0};
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(uint64_t& barrier, uint32_t count = 1) { update(barrier, count, 0); }
+inline void mbarrier_arrive_expect_tx(uint64_t& barrier, uint32_t bytes) { update(barrier, 1, bytes); }
+inline bool mbarrier_test_wait(uint64_t& barrier, uint32_t parity) {
+  std::lock_guard<std::mutex> held(lock);
+  return reinterpret_cast<Mbarrier&>(barrier).phase != parity;
+}
+inline void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
+  std::unique_lock<std::mutex> held(lock);
+  wait_until(held, changed, [&] { return reinterpret_cast<Mbarrier&>(barrier).phase != parity; });
+}
+
+inline void fence_proxy_async() {}
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
+template <int REGISTERS>
+void setmaxnreg_inc() {}
+template <int REGISTERS>
+void setmaxnreg_dec() {}
+
+// --- a warp ---------------------------------------------------------------------------------------------------------
+
+inline uint32_t exchanged[384][4];
+
+// Each lane's four registers, to be read by the others until the next __syncwarp.
+inline const uint32_t (*share(uint32_t a, uint32_t b = 0, uint32_t c = 0, uint32_t d = 0))[4] {
+  uint32_t* mine = exchanged[threadIdx.x];
+  mine[0] = a, mine[1] = b, mine[2] = c, mine[3] = d;
+  __syncwarp();
+  return exchanged + threadIdx.x / 32 * 32;
+}
+
+template <class T>
+T shuffle(T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = share(bits)[lane][0];
+  __syncwarp();
+  memcpy(&value, &bits, 4);
+  return value;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shuffle(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return shuffle(value, threadIdx.x % 32 ^ distance);
+}
+inline bool __any_sync(unsigned, bool vote) {
+  const auto votes = share(vote);
+  bool any = false;
+  for (int lane = 0; lane < 32; ++lane) any |= votes[lane][0] != 0;
+  __syncwarp();
+  return any;
+}
+
+// --- shared memory --------------------------------------------------------------------------------------------------
+
+constexpr uint32_t SHARED_BASE = 1024;  // where dynamic_shared begins, as the kernel sees addresses
+constexpr uint32_t SHARED_SIZE = 232448;
+alignas(1024) inline uint8_t host_shared[SHARED_SIZE];
+#define dynamic_shared host_shared
+
+inline uint32_t shared_address(const void* pointer) {
+  return (uint32_t)(static_cast<const uint8_t*>(pointer) - host_shared) + SHARED_BASE;
+}
+inline uint8_t* at(uint32_t address) {
+  if (address - SHARED_BASE >= SHARED_SIZE) return is_stuck = true, host_shared;
+  return host_shared + (address - SHARED_BASE);
+}
+// 128-byte swizzle: of a 1,024-byte pattern, the 16-byte chunk (bits 4..6) is exclusive-ored with the row (bits 7..9).
+inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Lane l holds elements 2 * (l % 4) and the next of row l / 4 of each 8 x 8 matrix; lane 8 m + r has row r of matrix m.
+inline void ldmatrix_x4(uint32_t (&value)[4], uint32_t address) {
+  const auto addresses = share(address);
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) memcpy(&value[m], at(addresses[8 * m + lane / 4][0]) + lane % 4 * 4, 4);
+  __syncwarp();
+}
+inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const auto addresses = share(address);
+  const int lane = threadIdx.x % 32;
+  const uint32_t value[4] = {a, b, c, d};
+  for (int m = 0; m < 4; ++m) memcpy(at(addresses[8 * m + lane / 4][0]) + lane % 4 * 4, &value[m], 4);
+  __syncwarp();
+}
+
+// What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
+struct alignas(64) TensorMap {
+  uint64_t address, sizes[5], strides[4], box[5], unused;
+};
+static_assert(sizeof(TensorMap) == 128);
+
+inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row, int tile, int head,
+                        int outer) {
+  const int start[5] = {column, row, tile, head, outer};
+  uint32_t address = shared_address(target);
+  if (address % 128 || map.box[0] != 64) is_stuck = true;
+  uint64_t i[5] = {};
+  int bytes = 0;
+  for (i[4] = 0; i[4] < map.box[4]; ++i[4])
+    for (i[3] = 0; i[3] < map.box[3]; ++i[3])
+      for (i[2] = 0; i[2] < map.box[2]; ++i[2])
+        for (i[1] = 0; i[1] < map.box[1]; ++i[1])
+          for (i[0] = 0; i[0] < map.box[0]; ++i[0], address += 2, bytes += 2) {
+            uint16_t element = 0;
+            uint64_t from = map.address;
+            bool is_inside = true;
+            for (int dim = 0; dim < 5; ++dim) {
+              const int64_t at = start[dim] + (int64_t)i[dim];
+              is_inside &= at >= 0 && at < (int64_t)map.sizes[dim];
+              from += at * (dim ? map.strides[dim - 1] : 2);
+            }
+            if (is_inside) element = *reinterpret_cast<const uint16_t*>(from);
+            memcpy(at(swizzle128(address)), &element, 2);
+          }
+  update(barrier, 0, -bytes);
+}
+
+// --- global memory and arithmetic -----------------------------------------------------------------------------------
+
+inline int ld_global_nc(const int* address) { return *address; }
+inline int4 ld_global_nc(const int4* address) { return *address; }
+inline void prefetch_global_l2(const void*) {}
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+inline float ex2(float value) { return exp2f(value); }
+inline float lg2(float value) { return log2f(value); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
+// fp16 alone: of bf16 the kernel differs in the instructions' type.
+template <bool IS_BF16>
+uint32_t pack(float low, float high) {
+  static_assert(!IS_BF16);
+  const _Float16 both[2] = {(_Float16)low, (_Float16)high};
+  uint32_t result;
+  memcpy(&result, both, 4);
+  return result;
+}
+inline float half(const void* address) {
+  _Float16 value;
+  memcpy(&value, address, 2);
+  return value;
+}
+
+// --- wgmma ----------------------------------------------------------------------------------------------------------
+
+inline void wgmma_fence() {}
+inline void wgmma_commit_group() {}
+template <int PENDING>
+void wgmma_wait_group() {}
+
+// Element (row, k) of an operand in shared memory, as its descriptor says: K-major, or MN-major where `is_transposed`.
+inline float element(uint64_t descriptor, int row, int k, bool is_transposed) {
+  const uint32_t address = (descriptor & 0x3FFF) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  if (descriptor >> 62 == 0 && !is_transposed) {  // core matrices of 8 rows x 16 bytes
+    return half(at(address + row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2));
+  }
+  if (descriptor >> 62 != 1) return is_stuck = true, 0.f;
+  if (is_transposed) {  // 8 rows of 64 elements along the operand's rows
+    return half(at(swizzle128(address + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2)));
+  }
+  return half(at(swizzle128(address + row / 8 * stride + row % 8 * 128 + k * 2)));
+}
+
+template <int N, class A>
+void multiply(float* d, const A& a, uint64_t b, bool is_transposed, bool accumulate) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  for (int half = 0; half < 2; ++half) {
+    float row[16];
+    for (int k = 0; k < 16; ++k) row[k] = a(16 * warp + 8 * half + lane / 4, k);
+    for (int n8 = 0; n8 < N / 8; ++n8) {
+      for (int pair = 0; pair < 2; ++pair) {
+        float& sum = d[4 * n8 + 2 * half + pair];
+        if (!accumulate) sum = 0.f;
+        for (int k = 0; k < 16; ++k) sum += row[k] * element(b, 8 * n8 + 2 * (lane % 4) + pair, k, is_transposed);
+      }
+    }
+  }
+}
+
+// Register r of lane l holds elements k = 8 * (r / 2) + 2 * (l % 4) and the next of row l / 4 + 8 * (r % 2).
+template <bool IS_BF16>
+void wgmma_m64n64k16_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const auto shared = share(a[0], a[1], a[2], a[3]);
+  const auto from_registers = [&](int row, int k) {
+    const uint32_t& pair = shared[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row % 16 / 8];
+    return half(reinterpret_cast<const uint8_t*>(&pair) + k % 2 * 2);
+  };
+  multiply<64>(d, from_registers, b, false, accumulate);
+  __syncwarp();
+}
+template <bool IS_BF16>
+void wgmma_m64n64k16_shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  multiply<64>(d, [&](int row, int k) { return element(a, row, k, false); }, b, false, accumulate);
+}
+template <bool IS_BF16, int REGISTERS>
+void wgmma_m64k16_transposed(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {
+  multiply<2 * REGISTERS>(d, [&](int row, int k) { return element(a, row, k, false); }, b, true, accumulate);
+}
+
+// --- launch ---------------------------------------------------------------------------------------------------------
+
+// Returns whether every wait ended and every address was one of shared memory. Shared memory begins as NaN.
+template <class Kernel, class Params>
+bool launch_on_host(Kernel kernel, const Params& params, int blocks) {
+  is_stuck = false;
+  for (int block = 0; block < blocks && !is_stuck; ++block) {
+    memset(host_shared, 0xFF, sizeof host_shared);
+    std::vector<std::thread> running;
+    for (int thread = 0; thread < 384; ++thread) {
+      running.emplace_back([=, &params] {
+        blockIdx.x = block;
+        threadIdx.x = thread;
+        kernel(params);
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+  }
+  return !is_stuck;
+}
