@@ -337,6 +337,13 @@ def test_pages_beyond_four_gigabytes() -> None:
     assert_right(problem, *run(dataclasses.replace(problem, kv_cache=pool, block_table=table)))
 
 
+def test_a_pool_without_pages() -> None:
+    """Nothing to see for anybody: there is not even an address."""
+    problem = make(DeepSeek("no pages", (0, 0)), torch.bfloat16, spare_pages=0)
+    assert problem.kv_cache.shape[0] == 0
+    assert_right(problem, *run(problem))
+
+
 REFUSED = {
     "columns apart": lambda pool: pool.transpose(2, 3).contiguous().transpose(2, 3),
     "rows 4 elements too wide": lambda pool: torch.nn.functional.pad(pool, (0, 4))[..., :-4],

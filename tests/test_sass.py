@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 
 from device_code import operations, sass
@@ -38,6 +39,37 @@ def test_no_kernel_uses_local_memory() -> None:
     """LDL and STL: spilled registers, or an array that is indexed at run time. Either is memory traffic per thread."""
     for _, kernel, instructions in shipped():
         assert not operations(instructions) & {"LDL", "STL"}, kernel
+
+
+def test_decode_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Per unit: a step of S for every 16 columns; four of O, as wide as half the values, in each value warpgroup.
+
+    Unrolled otherwise, or with S or O in two loops, a kernel has other numbers. Q's fragments are loaded once.
+    """
+    for file, kernel, instructions in shipped():
+        if file != "dense_decode":
+            continue
+        dtype, rank, rope = kernel.split("_")[-3:]
+        steps, suffix = (int(rank) + int(rope)) // 16, ".BF16" if dtype == "bf16" else ""
+        wanted = Counter({f"HGMMA.64x64x16.F32{suffix}": steps})
+        wanted[f"HGMMA.64x{int(rank) // 2}x16.F32{suffix}"] += 2 * 4
+        assert Counter(name for name in instructions if name.startswith("HGMMA")) == wanted, kernel
+        count = Counter(instructions)
+        assert count["LDSM.16.M88.4"] == min(steps, 31), kernel
+        assert count["STSM.16.M88.4"] == 4, kernel
+        # Registers change hands, and nothing is read before the launches ahead have ended.
+        assert (count["USETMAXREG.TRY_ALLOC.CTAPOOL"], count["USETMAXREG.DEALLOC.CTAPOOL"]) == (1, 2), kernel
+        assert instructions.index("ACQBULK") < next(i for i, name in enumerate(instructions) if "LDG" in name), kernel
+
+
+def test_merges_wait_for_decode_before_they_read_its_results() -> None:
+    """Before that they read the plan, two integers at a time; the results are fp32, singly or by four."""
+    for file, kernel, instructions in shipped():
+        if file == "combine":
+            assert instructions.count("ACQBULK") == 1, kernel
+            wait = instructions.index("ACQBULK")
+            assert {name for name in instructions[:wait] if name.startswith("LDG")} == {"LDG.E.64"}, kernel
+            assert "PREEXIT" in instructions[:wait], kernel
 
 
 def test_append_moves_units_as_wide_as_its_name_says(append_cubin: Path) -> None:
