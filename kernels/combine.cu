@@ -2,7 +2,7 @@
 //   out = sum_i w_i o_i / sum_i w_i,  w_i = 2^(lse_i - max)      fp32, in one order always, so always the same bits
 // Launched programmatic: it may begin while decode still runs, reads the plan, and waits for the partial results.
 // Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes from
-// L2. All of them are wanted at once, so there are two forms:
+// L2. All of them are wanted at once, so there are two ways, the first in three sizes:
 //   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts. All CTAs must be
 //                 resident at once (64 registers x 256 threads: four per SM), or a second wave doubles the time. The
 //                 fewest rows get CTAs of 512 threads: twice the parts in flight.
@@ -17,7 +17,7 @@ constexpr int WARP_THREADS = 128;
 constexpr int VECTOR = 4;  // fp32 elements per load: 16 bytes
 constexpr int ROW_PARTS_IN_FLIGHT = 8;
 constexpr int WARP_PARTS_IN_FLIGHT = 2;  // each KV_LORA_RANK / 128 loads
-constexpr int MAX_PARTS = 1024;          // more slots than a device has SMs
+constexpr int MAX_PARTS = 1024;          // of combine_row; the launch sees to it
 constexpr float LN_2 = 0.6931471805599453f;
 
 template <int THREADS>
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_columns(const CombineParams& params, int64
 __device__ __forceinline__ void store_lse(const CombineParams& params, int request, int row, float top, float total) {
   const int query = row / params.num_heads, head = row % params.num_heads;
   params.lse[((int64_t)request * params.num_heads + head) * params.seqlen_q + query] =
-      total > 0.f ? (top + lg2(total)) * LN_2 : infinity();
+      total == 0.f ? infinity() : (top + lg2(total)) * LN_2;
 }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -90,6 +90,7 @@ template <int KV_LORA_RANK, int COLUMNS, int THREADS, bool IS_BF16>
 __device__ __forceinline__ void combine_row(const CombineParams& params) {
   constexpr int LANES = COLUMNS / VECTOR;      // threads across the columns
   constexpr int GROUPS = THREADS / LANES;  // groups of them share the parts
+  static_assert(COLUMNS != 128 || GROUPS >= 8);  // a part each, in order: the head of this file
   __shared__ Shared<THREADS> shared;
   griddepcontrol_launch_dependents();
   PlanSplit split;

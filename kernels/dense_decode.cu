@@ -327,10 +327,10 @@ __device__ __forceinline__ void store_log_sums(const DecodeParams& params, const
     const float log_sum = reference[half] + lg2(sum[half]);
     if (item.is_whole) {
       const int64_t index = ((int64_t)item.request * params.num_heads + head) * params.seqlen_q + query;
-      params.lse[index] = sum[half] > 0.f ? log_sum * LN_2 : infinity();
+      params.lse[index] = sum[half] == 0.f ? infinity() : log_sum * LN_2;
     } else {
       const int64_t index = ((int64_t)item.partial(params, tile) * params.seqlen_q + query) * params.num_heads + head;
-      params.lse_partial[index] = sum[half] > 0.f ? log_sum : -infinity();
+      params.lse_partial[index] = sum[half] == 0.f ? -infinity() : log_sum;
     }
   }
 }
@@ -345,7 +345,7 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
   Position<S> position;
   int sum_buffer = 0;
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
-    float reference[2] = {0.f, 0.f};  // of the maxima, log2; it rises by whole numbers: alpha is a power of two and exact
+    float reference[2] = {0.f, 0.f};  // of the maxima, log2; rises by whole numbers, so that alpha is exact
     float sum[2] = {0.f, 0.f};        // of this thread's columns
     int units_left, tokens_left;      // tokens from the current unit on that every row of the tile sees
     {

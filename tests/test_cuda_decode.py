@@ -22,7 +22,7 @@ from flash_mla import _build
 from flash_mla.backends import torch as definition
 from flash_mla.backends.cuda import driver
 from flash_mla.backends.cuda.params import COMBINE, COMBINE_FIELDS, DECODE, DECODE_FIELDS, TENSOR_MAP_BYTES
-from flash_mla.contract import LATENT_SHAPES, MAX_PARTS, DecodeCall, UnsupportedError, check_decode, fixed_slots
+from flash_mla.contract import LATENT_SHAPES, MAX_PARTS, DecodeCall, check_decode, fixed_slots
 
 host = importlib.import_module("flash_mla.backends.cuda.decode")  # `cuda.decode` is the function
 SOURCE = _build.KERNELS / "dense_decode.cu"
@@ -156,7 +156,7 @@ IN_PLACE = {
     "as it is": {(1, 1), (2, 1), (1, 2)},
     "out of a wider one": {(1, 1), (2, 1), (1, 2)},
     "heads before tokens": {(1, 1), (1, 2)},
-    "one for all requests": {(1, 1), (2, 1), (1, 2)},
+    "one for all requests": set(),  # steps of nothing
     "columns apart": set(),
     "rows 4 elements too wide": set(),
     "one element off": set(),
@@ -429,13 +429,35 @@ def test_a_plan_of_many_slots_is_not_taken_for_a_deterministic_one(
     assert_right(problem, *decode(problem, plan_of(problem, 40)))
 
 
-def test_one_request_that_is_too_large_alone(recorded: Recorded) -> None:
-    """2,048 query rows of 512 + 1 columns, eight parts of two partial results each: 67,239,936 bytes."""
-    problem = deepseek(5, num_heads=128, seqlen_q=16)
-    message = r"takes 67239936 bytes of workspace per request at seqlen_q=16 and num_heads=128, at most 67108864 are"
-    with pytest.raises(UnsupportedError, match=rf"^flash_mla\.decode: a deterministic plan {message}"):
-        decode(problem, plan_of(problem, MAX_PARTS, deterministic=True))
-    assert recorded.fake.launches == []
+def test_requests_that_are_too_large_alone_run_one_by_one(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small(Case("alone", (2500, 70, 5000), num_heads=3))
+    monkeypatch.setattr(host, "MAX_WORKSPACE", host.workspace_bytes(on_hopper(problem), MAX_PARTS) - 1)
+    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(3), deterministic=True)))
+    assert [(fields["first_request"], fields["first_slot"]) for fields in recorded.combines()] == [
+        (0, 0),
+        (1, MAX_PARTS),
+        (2, 2 * MAX_PARTS),
+    ]
+
+
+def test_the_choice_of_a_backend_traces() -> None:
+    """`plan_splits` asks under torch.compile too: facts of the machine are constants there."""
+    call = on_hopper(small(Case("traced", (70,))))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + len(host.decode_refusals(call))
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), step(torch.zeros(2)))
+
+
+def test_strides_of_zero() -> None:
+    """TMA walks no dimension in steps of nothing: the pool is refused."""
+    call = dataclasses.replace(on_hopper(small(Case("expanded", (70,)))), kv_cache_strides=(0, 160, 160, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "unavailable", lambda: None)
+        (reason,) = host.decode_refusals(call)
+    assert reason.startswith("needs strides of kv_cache that are not 0")
 
 
 def test_workspace_of_any_shape_is_bounded(recorded: Recorded) -> None:
@@ -470,15 +492,15 @@ REFUSALS = {
     ),
     "pages 4 elements too far apart": (
         {"kv_cache_strides": (10244, 160, 160, 1)},
-        ["needs strides of kv_cache that 8 divides, got (10244, 160, 160, 1)"],
+        ["needs strides of kv_cache that are not 0 and that 8 divides, got (10244, 160, 160, 1)"],
     ),
     "tokens 4 elements too far apart": (
         {"kv_cache_strides": (10496, 164, 160, 1)},
-        ["needs strides of kv_cache that 8 divides, got (10496, 164, 160, 1)"],
+        ["needs strides of kv_cache that are not 0 and that 8 divides, got (10496, 164, 160, 1)"],
     ),
     "heads 4 elements too far apart": (
         {"kv_cache_strides": (10496, 328, 164, 1), "h_kv": 2},
-        ["needs strides of kv_cache that 8 divides, got (10496, 328, 164, 1)"],
+        ["needs strides of kv_cache that are not 0 and that 8 divides, got (10496, 328, 164, 1)"],
     ),
     "one head: its stride is never walked": ({"kv_cache_strides": (10240, 160, 3, 1)}, []),
     "2 bytes off": (

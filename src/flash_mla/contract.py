@@ -285,6 +285,14 @@ def check_plan(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor, func
         raise _fail(function, "plan items", must, items)
     if splits.dtype != torch.int32 or splits.shape != (call.batch, 2) or not splits.is_contiguous():
         raise _fail(function, "plan splits", f"contiguous int32 [batch={call.batch}, 2]", splits)
+    for name, tensor in (("plan items", items), ("plan splits", splits)):
+        if (tensor.device.type, tensor.device.index or 0) != (call.device_type, call.device_index):
+            raise _fail(function, name, f"on {call.device_type}:{call.device_index} like q", tensor)
+        if _misalignment(tensor):  # a row of items is one load of 16 bytes
+            raise ValueError(
+                f"flash_mla.{function}: {name} must begin at a multiple of 16 bytes, "
+                f"it is {_misalignment(tensor)} past one"
+            )
 
 
 def check_slots(batch: int, num_slots: int, deterministic: bool) -> None:

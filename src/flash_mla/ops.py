@@ -277,7 +277,7 @@ def decode(
         softmax_scale: multiplier of the scores before softmax. There is no default: `d_qk**-0.5` is wrong for a model.
         causal: query j sees keys before `len - (seqlen_q - 1 - j)` (bottom-right aligned). No effect at seqlen_q = 1.
         plan: from `plan_splits` for the same shapes, or None to plan inside. It may be older than the lengths.
-        backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts and says which at INFO.
+        backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts, and says so at INFO.
     Returns: out `[batch, seqlen_q, num_heads, kv_lora_rank]`, dtype of `q`, 0 where nothing is visible; lse
         `[batch, num_heads, seqlen_q]`, fp32 (fp64 for fp64), natural log, +inf where nothing is visible.
     Raises: ValueError: wrong shapes, dtypes or devices, or a plan of another shape. UnsupportedError: no backend

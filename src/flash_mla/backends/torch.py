@@ -177,6 +177,8 @@ def decode(
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=q.device)
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=accumulate, device=q.device)
+    if call.num_blocks == 0:  # no pool, so no token
+        return out.zero_(), lse.fill_(float("inf"))
     num_keys = call.max_blocks * call.block_size
     d_qk = q.shape[3]
     step = max(1, GATHER_ELEMENTS // max(1, num_keys * d_qk))

@@ -1,4 +1,4 @@
-"""The compiled Hopper kernels (`kernels/*.cu`), launched through the NVIDIA driver without torch's C++ or a compiler."""
+"""The compiled Hopper kernels (`kernels/*.cu`), launched through the NVIDIA driver: no C++ of torch, no compiler."""
 
 from .append import append, append_refusals
 from .decode import decode, decode_refusals, num_slots, runs_on

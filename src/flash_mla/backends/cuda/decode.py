@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, UnsupportedError, fixed_slots
+from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, fixed_slots
 from . import driver
 from .params import COMBINE, DECODE
 
@@ -34,6 +34,7 @@ LOG2_E = math.log2(math.e)
 FEW_ROWS, CHUNK_ROWS, WHOLE_ROWS = 66, 132, 528
 FEW_THREADS, ROW_THREADS, WARP_THREADS = 512, 256, 128
 MERGED_COLUMNS = 128
+MAX_PARTS = 1024
 
 
 class _PerThread(threading.local):
@@ -47,16 +48,27 @@ class _PerThread(threading.local):
 _thread = _PerThread()
 
 
+# Facts of the machine: torch.compile takes them as they are instead of tracing into the driver.
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def _unavailable() -> str | None:
+    return driver.unavailable()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def _num_sms(device_index: int) -> int:
+    return driver.num_sms(device_index)
+
+
 def runs_on(device_index: int) -> bool:
     """Whether the kernels run on this CUDA device at all."""
-    return driver.unavailable() is None and torch.cuda.get_device_capability(device_index) == CAPABILITY
+    return _unavailable() is None and torch.cuda.get_device_capability(device_index) == CAPABILITY
 
 
 def decode_refusals(call: DecodeCall) -> list[str]:
     """Reasons against a decode call; empty = accepts."""
     if call.device_type != "cuda":
         return [f"needs a CUDA device, got {call.device_type}"]
-    if reason := driver.unavailable():
+    if reason := _unavailable():
         return [reason]
     reasons = []
     if call.capability != CAPABILITY:
@@ -74,10 +86,12 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     # What TMA can walk: 16-byte steps. The stride of a dimension of one element is never walked.
     extents = (call.num_blocks, call.block_size, call.h_kv)
     steps = [stride for stride, extent in zip(call.kv_cache_strides, extents, strict=False) if extent > 1]
-    if any(stride % 8 for stride in steps):
-        reasons.append(f"needs strides of kv_cache that 8 divides, got {call.kv_cache_strides}")
+    if any(stride % 8 or stride == 0 for stride in steps):
+        reasons.append(f"needs strides of kv_cache that are not 0 and that 8 divides, got {call.kv_cache_strides}")
     if call.kv_cache_misalignment:
-        reasons.append(f"needs kv_cache to begin at a multiple of 16 bytes, it is {call.kv_cache_misalignment} past one")
+        reasons.append(
+            f"needs kv_cache to begin at a multiple of 16 bytes, it is {call.kv_cache_misalignment} past one"
+        )
     if call.rows * call.h_kv * max(1, call.batch) >= 2**31:
         reasons.append(f"takes fewer than 2**31 query rows, got {call.batch} x {call.rows} x {call.h_kv}")
     return reasons
@@ -91,7 +105,8 @@ def _tiles(call: DecodeCall) -> tuple[int, int]:
 
 def num_slots(call: DecodeCall) -> int:
     """Slots that fill the device once: its SMs over the CTAs that a slot has."""
-    return max(1, driver.num_sms(call.device_index) // _tiles(call)[1])
+    sms: int = _num_sms(call.device_index)
+    return max(1, sms // _tiles(call)[1])
 
 
 def workspace_bytes(call: DecodeCall, slots: int) -> int:
@@ -107,8 +122,8 @@ def _workspace(device: torch.device, size: int) -> torch.Tensor:
     """Memory for partial results, given back when the call returns.
 
     From torch's allocator, which hands it out again in the order of the stream: the same block call after call, one per
-    device and stream, and that of a graph's own pool in a capture. Kept here instead, a block that was first wanted while
-    torch warms up a CUDA graph would come from that graph's pool, and torch refuses to capture.
+    device and stream, and that of a graph's own pool in a capture. Kept here instead, a block that was first wanted
+    while torch warms up a CUDA graph would come from that graph's pool, and torch refuses to capture.
     """
     return torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -117,13 +132,13 @@ def _walkable(q: torch.Tensor, h_kv: int) -> torch.Tensor:
     """`q` as `[batch, rows, h_kv, d_qk]` whose strides TMA can walk: a view where there is one, else a copy.
 
     Row r of a latent head is query r // group, head r % group of its group. A copy is made of a `q` whose last stride
-    is not 1, whose others 8 elements do not divide, or whose queries and heads do not collapse into one stride.
+    is not 1, whose others are 0 or no multiple of 8 elements, or whose queries and heads do not share one stride.
     """
     batch, seqlen_q, num_heads, d_qk = q.shape
     group = num_heads // h_kv
-    extents = zip(q.stride(), q.shape, strict=True)
-    if q.stride(3) != 1 or any(stride % 8 for stride, extent in list(extents)[:3] if extent > 1) or q.data_ptr() % 16:
-        q = q.contiguous()
+    steps = [stride for stride, extent in zip(q.stride()[:3], q.shape[:3], strict=True) if extent > 1]
+    if q.stride(3) != 1 or any(stride % 8 or stride == 0 for stride in steps) or q.data_ptr() % 16:
+        q = q.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps what is only misaligned
     if seqlen_q == 1:
         return q.view(batch, h_kv, group, d_qk).transpose(1, 2)
     if h_kv == 1 and (num_heads == 1 or q.stride(1) == num_heads * q.stride(2)):
@@ -178,6 +193,8 @@ def decode(
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=device)
     if call.batch == 0:
         return out, lse
+    if call.num_blocks == 0:  # no pool, so no token; a tensor map wants an address
+        return out.zero_(), lse.fill_(math.inf)
     if items is None or splits is None:
         from .plan import plan
 
@@ -190,7 +207,7 @@ def decode(
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
     q_map = _tensor_map(call, rows, ROW_TILE)
     kv_map = _tensor_map(call, kv_cache, box_rows)
-    # A slot can only share a request with another slot.
+    # With one slot nothing can be cut.
     may_cut = slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
     pieces = _pieces(call, slots) if may_cut else [(0, call.batch, 0, slots)]
@@ -241,17 +258,15 @@ def decode(
 def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
     """(first request, requests, first slot, slots) of each launch; one launch unless the workspace would be too large.
 
-    Only a deterministic plan has more slots than the device has room for; its slots are those of its requests in order.
+    A plan for this call and device never is: only a deterministic one has more slots than there is room for. Those
+    belong to its requests in order, so it can be run in pieces, of one request at the least (which takes more than
+    MAX_WORKSPACE from 2,045 query rows on). Any other plan was made for fewer query rows, and runs at once in the
+    memory that it takes.
     """
-    if workspace_bytes(call, slots) <= MAX_WORKSPACE:
+    if workspace_bytes(call, slots) <= MAX_WORKSPACE or slots != fixed_slots(call.batch):
         return [(0, call.batch, 0, slots)]
     per_request = slots // call.batch
-    requests = MAX_WORKSPACE // workspace_bytes(call, per_request)
-    if requests < 1:
-        raise UnsupportedError(
-            f"flash_mla.decode: a deterministic plan takes {workspace_bytes(call, per_request)} bytes of workspace per "
-            f"request at seqlen_q={call.seqlen_q} and num_heads={call.num_heads}, at most {MAX_WORKSPACE} are used"
-        )
+    requests = max(1, MAX_WORKSPACE // workspace_bytes(call, per_request))
     return [
         (first, min(requests, call.batch - first), first * per_request, min(requests, call.batch - first) * per_request)
         for first in range(0, call.batch, requests)
@@ -272,7 +287,9 @@ def _combine(
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    if groups * rows <= FEW_ROWS:
+    if slots > MAX_PARTS:  # more than combine_row has room for; no plan for a device of fewer SMs
+        form, grid, threads = "warp", (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
+    elif groups * rows <= FEW_ROWS:
         form, grid, threads = "few", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), FEW_THREADS
     elif groups * rows <= CHUNK_ROWS:
         form, grid, threads = "chunk", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), ROW_THREADS
