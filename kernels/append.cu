@@ -1,9 +1,10 @@
-// Writes new tokens into their pages: row slots[b, j] of the pool becomes [latent[b, j] | k_rope[b, j]], per latent head.
+// Writes new tokens into their pages: row slots[b, j] of the pool becomes [latent[b, j] | k_rope[b, j]], per latent
+// head.
 //
-// Rows are moved as bytes, in units of WIDTH bytes: 16 where every address, stride and length allows it, else 8, 4 or 2.
-// One warp moves one row (DeepSeek's: 512 + 64 columns of 2 bytes = 72 units of 16 bytes, up to 3 per lane). Its first
-// 2 KiB are on their way before the slot is known and before anything is stored: 48 warps per SM (40 registers each) have
-// 54 KiB of such rows in flight, where 27 to 33 KiB keep HBM busy.
+// Rows are moved as bytes, in units of WIDTH bytes: 16 where every address, stride and length allows it, else 8, 4
+// or 2. One warp moves one row (DeepSeek's: 512 + 64 columns of 2 bytes = 72 units of 16 bytes, up to 3 per lane). Its
+// first 2 KiB are on their way before the slot is known and before anything is stored: 48 warps per SM (40 registers
+// each) have 54 KiB of such rows in flight, where 27 to 33 KiB keep HBM busy.
 
 using int64 = long long;
 
@@ -31,7 +32,8 @@ struct AppendParams {
 };
 static_assert(sizeof(AppendParams) == 144);
 
-// The lane's share of one pass over a row: units at `first` bytes and every WARP units from there, as far as the row goes.
+// The lane's share of one pass over a row: units at `first` bytes and every WARP units from there, as far as the row
+// goes.
 template <typename Unit>
 __device__ __forceinline__ void load(const char* latent, const char* k_rope, const AppendParams& p, int first,
                                      Unit (&units)[UNROLL]) {
@@ -64,7 +66,8 @@ __device__ __forceinline__ void append_row(const AppendParams& p) {
   const int64 request = row / p.h_kv / p.seqlen_q;
   const char* latent =
       p.latent + request * p.latent_stride_batch + token * p.latent_stride_token + head * p.latent_stride_head;
-  const char* k_rope = p.k_rope + request * p.rope_stride_batch + token * p.rope_stride_token + head * p.rope_stride_head;
+  const char* k_rope =
+      p.k_rope + request * p.rope_stride_batch + token * p.rope_stride_token + head * p.rope_stride_head;
 
   Unit units[UNROLL];
   int first = threadIdx.x % WARP * sizeof(Unit);

@@ -1,8 +1,8 @@
 // Merges the parts of cut requests:
 //   out = sum_i w_i o_i / sum_i w_i,  w_i = 2^(lse_i - max)      fp32, in one order always, so always the same bits
 // Launched programmatic: it may begin while decode still runs, reads the plan, and waits for the partial results.
-// Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes from
-// L2. All of them are wanted at once, so there are two ways, the first in three sizes:
+// Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes
+// from L2. All of them are wanted at once, so there are two ways, the first in three sizes:
 //   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts. All CTAs must be
 //                 resident at once (64 registers x 256 threads: four per SM), or a second wave doubles the time. The
 //                 fewest rows get CTAs of 512 threads: twice the parts in flight.
@@ -88,8 +88,8 @@ __device__ __forceinline__ float warp_sum(float value) {
 // Grid: (requests or slots, rows, column chunks).
 template <int KV_LORA_RANK, int COLUMNS, int THREADS, bool IS_BF16>
 __device__ __forceinline__ void combine_row(const CombineParams& params) {
-  constexpr int LANES = COLUMNS / VECTOR;      // threads across the columns
-  constexpr int GROUPS = THREADS / LANES;  // groups of them share the parts
+  constexpr int LANES = COLUMNS / VECTOR;        // threads across the columns
+  constexpr int GROUPS = THREADS / LANES;        // groups of them share the parts
   static_assert(COLUMNS != 128 || GROUPS >= 8);  // a part each, in order: the head of this file
   __shared__ Shared<THREADS> shared;
   griddepcontrol_launch_dependents();
@@ -220,22 +220,22 @@ __device__ __forceinline__ void combine_warp(const CombineParams& params) {
   if (lane == 0) store_lse(params, request, row, top, total);
 }
 
-#define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                               \
-  extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)                                                         \
-      flash_fwd_mla_combine_kernel_few_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
-    combine_row<KV_LORA_RANK, 128, FEW_THREADS, IS_BF16>(params);                                                   \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
-      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
-    combine_row<KV_LORA_RANK, 128, ROW_THREADS, IS_BF16>(params);                                                   \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
-      flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {     \
-    combine_row<KV_LORA_RANK, KV_LORA_RANK, ROW_THREADS, IS_BF16>(params);                                          \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(WARP_THREADS)                                                        \
-      flash_fwd_mla_combine_kernel_warp_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {    \
-    combine_warp<KV_LORA_RANK, IS_BF16>(params);                                                                    \
+#define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                             \
+  extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)                                                    \
+      flash_fwd_mla_combine_kernel_few_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
+    combine_row<KV_LORA_RANK, 128, FEW_THREADS, IS_BF16>(params);                                                 \
+  }                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                    \
+      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) { \
+    combine_row<KV_LORA_RANK, 128, ROW_THREADS, IS_BF16>(params);                                                 \
+  }                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                    \
+      flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
+    combine_row<KV_LORA_RANK, KV_LORA_RANK, ROW_THREADS, IS_BF16>(params);                                        \
+  }                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(WARP_THREADS)                                                      \
+      flash_fwd_mla_combine_kernel_warp_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {  \
+    combine_warp<KV_LORA_RANK, IS_BF16>(params);                                                                  \
   }
 
 COMBINE_KERNELS(bf16, true, 512)

@@ -19,8 +19,8 @@
 #include "params.cuh"
 #include "wgmma.cuh"
 
-constexpr int BLOCK_M = 64;   // query rows
-constexpr int BLOCK_N = 64;   // tokens in a unit; the split plan counts in the same unit (contract.PLAN_BLOCK)
+constexpr int BLOCK_M = 64;  // query rows
+constexpr int BLOCK_N = 64;  // tokens in a unit; the split plan counts in the same unit (contract.PLAN_BLOCK)
 constexpr int TILE_COLUMNS = 64;
 constexpr int TILE_BYTES = BLOCK_N * TILE_COLUMNS * 2;  // 64 rows x 128 bytes, 128-byte swizzle
 static_assert(TILE_BYTES == 8192);
@@ -50,7 +50,7 @@ struct Shape {
   static constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns, zero-filled from QK_ROPE_HEAD_DIM on
   // A row of the pool is whole tiles: TMA sees tiles as a dimension, and one box holds them all.
   static constexpr bool HAS_TILE_DIMENSION = D_QK % TILE_COLUMNS == 0;
-  static constexpr int STEPS = D_QK / 16;    // steps of S over 16 columns
+  static constexpr int STEPS = D_QK / 16;                         // steps of S over 16 columns
   static constexpr int REGISTER_STEPS = STEPS < 31 ? STEPS : 31;  // 32 do not fit into SCORE_REGISTERS
   static constexpr bool HAS_Q_TAIL = STEPS > REGISTER_STEPS;
   static constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;  // of O, per value warpgroup
@@ -81,7 +81,7 @@ struct ProducerState {
 
 template <class S>
 struct alignas(1024) Shared {
-  uint8_t ring[S::STAGES][S::TILES][TILE_BYTES];  // first: slot_address counts from the start
+  uint8_t ring[S::STAGES][S::TILES][TILE_BYTES];          // first: slot_address counts from the start
   uint8_t q_rope[S::HAS_Q_TAIL ? TILE_BYTES : 16];        // Q's steps 32..35, 128-byte swizzle
   uint8_t q_step[S::HAS_Q_TAIL ? BLOCK_M * 16 * 2 : 16];  // Q's step 31, no swizzle
   float inverse_sum[S::SUM_BUFFERS][BLOCK_M];
@@ -195,8 +195,8 @@ __device__ __forceinline__ void next_item(const DecodeParams& params, Shared<S>&
   state.unit = state.units_end = 0;  // nothing left
 }
 
-// Loads the next entry into `slot`. Where an entry lies in one page, one instruction does it: the issuing thread is held
-// up by each until TMA has taken it, ~390 clocks for 8 KiB, ~750 for 24, and its warpgroup with it.
+// Loads the next entry into `slot`. Where an entry lies in one page, one instruction does it: the issuing thread is
+// held up by each until TMA has taken it, ~390 clocks for 8 KiB, ~750 for 24, and its warpgroup with it.
 template <class S>
 __device__ __forceinline__ void load_entry(const DecodeParams& params, Shared<S>& shared, int slot, int page) {
   const ProducerState& state = shared.producer;
@@ -412,7 +412,8 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
             float rise = top[half][0];
             rise = fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 1));
             rise = fmaxf(rise, __shfl_xor_sync(0xFFFFFFFF, rise, 2));
-            // The first reference is the maximum itself: P = 1 there, which bf16 holds. Later it rises by whole numbers.
+            // The first reference is the maximum itself: P = 1 there, which bf16 holds. Later it rises by whole
+            // numbers.
             if (!is_first) rise = fmaxf(ceilf(rise), 0.f);
             if (rise == -infinity()) rise = 0.f;  // sees nothing here, and so nothing later
             reference[half] += rise;
@@ -448,11 +449,10 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, Shared<S>
           const uint32_t p_row = shared_address(shared.ring[slot][S::V_TILES]) + row * 128;
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
-            stmatrix_x4(p_row + (((2 * step + lane / 16) ^ (row & 7)) << 4),
-                        pack<S::IS_BF16>(s[8 * step + 0], s[8 * step + 1]),
-                        pack<S::IS_BF16>(s[8 * step + 2], s[8 * step + 3]),
-                        pack<S::IS_BF16>(s[8 * step + 4], s[8 * step + 5]),
-                        pack<S::IS_BF16>(s[8 * step + 6], s[8 * step + 7]));
+            stmatrix_x4(
+                p_row + (((2 * step + lane / 16) ^ (row & 7)) << 4), pack<S::IS_BF16>(s[8 * step + 0], s[8 * step + 1]),
+                pack<S::IS_BF16>(s[8 * step + 2], s[8 * step + 3]), pack<S::IS_BF16>(s[8 * step + 4], s[8 * step + 5]),
+                pack<S::IS_BF16>(s[8 * step + 6], s[8 * step + 7]));
           }
         }
         const int sum_row = accumulator_row();
@@ -529,8 +529,8 @@ __device__ __forceinline__ void store_row(const DecodeParams& params, const Cta&
     const int64_t index = ((int64_t)item.request * params.seqlen_q + query) * params.num_heads + head;
     // Neighbours exchange, so that each stores 8 bytes and four lanes fill a sector of 32.
     const int odd = lane & 1;
-    uint16_t* target = static_cast<uint16_t*>(params.out) + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS +
-                       odd * 8 + (lane & 2) * 2;
+    uint16_t* target = static_cast<uint16_t*>(params.out) + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS + odd * 8 +
+                       (lane & 2) * 2;
 #pragma unroll
     for (int i = 0; i < S::HALF_COLUMNS / 16; ++i) {
       const uint32_t first = pack<S::IS_BF16>(o[8 * i + 2 * UPPER] * scale, o[8 * i + 2 * UPPER + 1] * scale);
@@ -580,8 +580,8 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
     for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) o[i] = 0.f;
     float scale[2] = {0.f, 0.f};
     if (units_left > 0) {
-      // Q's entry. It is not waited for: score has announced it when it announces the units after it. And it must not be
-      // waited for: score alone leaves it, so its slot may already have been filled and announced once more.
+      // Q's entry. It is not waited for: score has announced it when it announces the units after it. And it must not
+      // be waited for: score alone leaves it, so its slot may already have been filled and announced once more.
       position.advance();
       for (; units_left > 0; --units_left) {
         const int slot = position.slot();
@@ -604,8 +604,8 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
         }
         const uint32_t tiles = slot_address<S>(slot);
         const uint64_t p = matrix_descriptor(tiles + S::V_TILES * TILE_BYTES, 0, 1024, Swizzle::B128);
-        const uint64_t v = matrix_descriptor(tiles + HALF * S::V_TILES / 2 * TILE_BYTES, TILE_BYTES, 1024,
-                                             Swizzle::B128);
+        const uint64_t v =
+            matrix_descriptor(tiles + HALF * S::V_TILES / 2 * TILE_BYTES, TILE_BYTES, 1024, Swizzle::B128);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < BLOCK_N / 16; ++step) {
@@ -651,7 +651,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     for (int slot = 0; slot < S::STAGES; ++slot) {
       mbarrier_init(shared.full[slot], 1);
       mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
-      mbarrier_init(shared.empty[slot], 8);  // warps of the value warpgroups
+      mbarrier_init(shared.empty[slot], 8);   // warps of the value warpgroups
     }
     fence_mbarrier_init();
     const int tile = blockIdx.x % params.tiles;
@@ -676,10 +676,10 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   }
 }
 
-#define DECODE_KERNEL(NAME, KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16)              \
-  extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)                            \
-      flash_fwd_splitkv_mla_kernel_##NAME(const __grid_constant__ DecodeParams params) {  \
-    decode<Shape<KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16>>(params);               \
+#define DECODE_KERNEL(NAME, KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16)             \
+  extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)                           \
+      flash_fwd_splitkv_mla_kernel_##NAME(const __grid_constant__ DecodeParams params) { \
+    decode<Shape<KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16>>(params);              \
   }
 
 #ifdef ONLY_512

@@ -22,42 +22,42 @@ struct alignas(8) PlanSplit {
 
 struct DecodeParams {
   // Columns are two dimensions, 64 and d_qk / 64, where 64 divides d_qk; else d_qk and 1.
-  TensorMap q_map;   // {columns, rows, tiles, h_kv, batch}, box {64, 64, tiles, 1, 1}
-  TensorMap kv_map;  // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles or 1, 1, 1}
-  void* out;                        // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
-  float* lse;                       // [batch, num_heads, seqlen_q], contiguous, natural log
-  float* o_partial;                 // [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each divided by its own sum
-  float* lse_partial;               // [2 * num_slots, seqlen_q, num_heads], log2
-  const PlanItem* items;            // [num_slots + batch]
-  const PlanSplit* splits;          // [batch]
-  const int* block_table;           // [batch, max_blocks]
-  const int* cache_seqlens;         // [batch], tokens
-  int64_t table_stride_request;     // elements
-  int64_t table_stride_page;        // elements
-  int64_t seqlens_stride;           // elements
-  float softmax_scale_log2;         // softmax_scale * log2(e)
+  TensorMap q_map;               // {columns, rows, tiles, h_kv, batch}, box {64, 64, tiles, 1, 1}
+  TensorMap kv_map;              // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles or 1, 1, 1}
+  void* out;                     // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
+  float* lse;                    // [batch, num_heads, seqlen_q], contiguous, natural log
+  float* o_partial;              // [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each divided by its own sum
+  float* lse_partial;            // [2 * num_slots, seqlen_q, num_heads], log2
+  const PlanItem* items;         // [num_slots + batch]
+  const PlanSplit* splits;       // [batch]
+  const int* block_table;        // [batch, max_blocks]
+  const int* cache_seqlens;      // [batch], tokens
+  int64_t table_stride_request;  // elements
+  int64_t table_stride_page;     // elements
+  int64_t seqlens_stride;        // elements
+  float softmax_scale_log2;      // softmax_scale * log2(e)
   int max_blocks;
   int seqlen_q;
   int num_heads;
-  int group;                        // num_heads / h_kv
-  int row_tiles;                    // ceil(seqlen_q * group / 64)
-  int tiles;                        // row_tiles * h_kv: CTAs per slot
+  int group;      // num_heads / h_kv
+  int row_tiles;  // ceil(seqlen_q * group / 64)
+  int tiles;      // row_tiles * h_kv: CTAs per slot
   int num_slots;
-  int block_size;                   // tokens
-  int box_rows;                     // tokens that one TMA box moves: gcd(block_size, 64)
+  int block_size;  // tokens
+  int box_rows;    // tokens that one TMA box moves: gcd(block_size, 64)
   int is_causal;
 };
 
 struct CombineParams {
-  void* out;                 // as in DecodeParams
+  void* out;  // as in DecodeParams
   float* lse;
   const float* o_partial;
   const float* lse_partial;
   const PlanItem* items;
   const PlanSplit* splits;
-  int by_slot;               // 1: grid.x counts slots, 0: requests; whichever is fewer
-  int first_request;         // of this launch, where a batch is run in pieces
-  int first_slot;            // of this launch, as `splits` counts
+  int by_slot;        // 1: grid.x counts slots, 0: requests; whichever is fewer
+  int first_request;  // of this launch, where a batch is run in pieces
+  int first_slot;     // of this launch, as `splits` counts
   int seqlen_q;
   int num_heads;
   int num_slots;

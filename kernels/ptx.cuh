@@ -96,7 +96,8 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32
 // Ordinary stores to shared memory before it become visible to what wgmma and TMA read or write after it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- loads of what no kernel in flight writes ---------------------------------------------------------------------------
+// --- loads of what no kernel in flight writes
+// ---------------------------------------------------------------------------
 
 // Volatile: a second load of the same value is a load, not a register kept since the first.
 __device__ __forceinline__ int ld_global_nc(const int* address) {

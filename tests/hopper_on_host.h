@@ -1,8 +1,9 @@
-// kernels/dense_decode.cu on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from the
-// PTX ISA, not from the kernel: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take fragments
-// and descriptors apart as the ISA lays them out, an mbarrier's phase ends when arrivals and bytes are complete. What the
-// kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out as a wrong number or
-// a wait that never ends. Not modelled: the asynchrony of wgmma and TMA (both finish where they are issued), proxies.
+// kernels/dense_decode.cu on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from
+// the PTX ISA, not from the kernel: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take
+// fragments and descriptors apart as the ISA lays them out, an mbarrier's phase ends when arrivals and bytes are
+// complete. What the kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out
+// as a wrong number or a wait that never ends. Not modelled: the asynchrony of wgmma and TMA (both finish where they
+// are issued), proxies.
 #pragma once
 
 #include <algorithm>
