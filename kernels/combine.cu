@@ -1,32 +1,22 @@
 // Merges the parts of cut requests:
 //   out = sum_i w_i o_i / sum_i w_i,  w_i = 2^(lse_i - max)      fp32, in one order always, so always the same bits
 // Launched programmatic: it may begin while decode still runs, reads the plan, and waits for the partial results.
-// Requests that were not cut are done already. A row (query token, head) is num_parts * (KV_LORA_RANK + 1) * 4 bytes
-// from L2. All of them are wanted at once, so there are two ways, the first in three sizes:
-//   combine_row   few rows: a CTA per row and COLUMNS columns, its groups of threads share the parts. All CTAs must be
-//                 resident at once (64 registers x 256 threads: four per SM), or a second wave doubles the time. The
-//                 fewest rows get CTAs of 512 threads: twice the parts in flight.
+// Requests that were not cut are done already. A row (query token, head) is num_parts * (2 * KV_LORA_RANK + 4 * (1 +
+// SCALES)) bytes from L2 (partial.cuh). All of them are wanted at once, so there are two ways:
+//   combine_row   few rows: a CTA per row and COLUMNS columns, whose groups of threads share the parts. What takes the
+//                 time here is instructions: addresses are made before the wait, loads are 16 bytes wide, and every
+//                 warp finds the weights for itself.
 //   combine_warp  many rows: a warp per row, all columns; no barriers
-// Up to eight parts, what a deterministic plan makes, are added one after another by combine_warp and by combine_row
-// over 128 columns (eight groups or more, a part each): the same bits from both, so the form may follow the batch.
-#include "params.cuh"
+// They add the parts in different orders. A deterministic plan's bits may not follow the batch, so its rows are merged
+// by combine_warp always.
+#include "partial.cuh"
 
-constexpr int FEW_THREADS = 512;
 constexpr int ROW_THREADS = 256;
 constexpr int WARP_THREADS = 128;
-constexpr int VECTOR = 4;  // fp32 elements per load: 16 bytes
-constexpr int ROW_PARTS_IN_FLIGHT = 8;
-constexpr int WARP_PARTS_IN_FLIGHT = 2;  // each KV_LORA_RANK / 128 loads
-constexpr int MAX_PARTS = 1024;          // of combine_row; the launch sees to it
+constexpr int PARTS_IN_FLIGHT = 5;  // per group of threads: 160 parts of 64 columns, more than an H200 has SMs
+constexpr int WARP_PARTS_IN_FLIGHT = 2;
+constexpr int WARP_VECTOR = 4;  // columns that combine_warp loads at a time
 constexpr float LN_2 = 0.6931471805599453f;
-
-template <int THREADS>
-struct Shared {
-  float weight[MAX_PARTS];
-  float4 sum[THREADS];
-  float warp_top[THREADS / 32];
-  float warp_sum[THREADS / 32];
-};
 
 // The request that CTA `index` of the grid merges, or -1. Counted by slots: a cut request is found at the slot of its
 // second part, so that each is found once.
@@ -44,27 +34,46 @@ __device__ __forceinline__ int cut_request(const CombineParams& params, int inde
   return request;
 }
 
-__device__ __forceinline__ int64_t partial_row(const CombineParams& params, const PlanSplit& split, int part, int row) {
-  // Part 0 lies behind all slots, part p >= 1 at its slot.
-  const int index = part == 0 ? params.num_slots + split.slot : split.slot + part;
-  return (int64_t)index * params.seqlen_q * params.num_heads + row;
+// The partial results of one row of a cut request.
+template <int KV_LORA_RANK, class Layout>
+struct Parts {
+  const uint16_t* results;  // of the slot that has part 0; part p >= 1 lies p further, part 0 num_slots
+  const float* log_sums;
+  int64_t result_stride;  // from a slot to the next, elements
+  int64_t plane_stride;   // from the log-sums to the first scales, and so on, elements
+  int first;              // num_slots
+
+  __device__ __forceinline__ Parts(const CombineParams& params, const PlanSplit& split, int row) {
+    const int64_t rows = (int64_t)params.seqlen_q * params.num_heads;
+    const int slots = 2 * params.num_slots;
+    result_stride = rows * KV_LORA_RANK;
+    plane_stride = rows * slots;
+    results = params.o_partial + split.slot * result_stride + (int64_t)row * KV_LORA_RANK;
+    log_sums = params.partial_sums + (int64_t)row * slots + split.slot;
+    first = params.num_slots;
+  }
+  __device__ __forceinline__ int at(int part) const { return part == 0 ? first : part; }
+  __device__ __forceinline__ float log_sum(int part) const { return log_sums[at(part)]; }
+  __device__ __forceinline__ float scale(int part, int position) const {
+    return log_sums[(1 + position / (KV_LORA_RANK / Layout::SCALES)) * plane_stride + at(part)];
+  }
+  template <class Vector>
+  __device__ __forceinline__ Vector load(int part, int position) const {
+    return *reinterpret_cast<const Vector*>(results + at(part) * result_stride + position);
+  }
+};
+
+__device__ __forceinline__ void accumulate(float* sum, uint32_t columns, float weight) {
+  const float2 two = unpack_fp16(columns);
+  sum[0] = __fmaf_rn(two.x, weight, sum[0]);
+  sum[1] = __fmaf_rn(two.y, weight, sum[1]);
 }
 
-// Products are rounded before they are added, so that it does not matter which of them a group of threads begins with.
-__device__ __forceinline__ void accumulate(float4& sum, const float4& value, float weight) {
-  sum.x = __fadd_rn(sum.x, __fmul_rn(value.x, weight));
-  sum.y = __fadd_rn(sum.y, __fmul_rn(value.y, weight));
-  sum.z = __fadd_rn(sum.z, __fmul_rn(value.z, weight));
-  sum.w = __fadd_rn(sum.w, __fmul_rn(value.w, weight));
-}
-
-template <bool IS_BF16>
-__device__ __forceinline__ void store_columns(const CombineParams& params, int64_t offset, const float4& sum,
-                                              float scale) {
-  uint2 packed;
-  packed.x = pack<IS_BF16>(sum.x * scale, sum.y * scale);
-  packed.y = pack<IS_BF16>(sum.z * scale, sum.w * scale);
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.out) + offset) = packed;
+__device__ __forceinline__ void accumulate(float (&sum)[VECTOR], const uint4& columns, float weight) {
+  accumulate(sum + 0, columns.x, weight);
+  accumulate(sum + 2, columns.y, weight);
+  accumulate(sum + 4, columns.z, weight);
+  accumulate(sum + 6, columns.w, weight);
 }
 
 __device__ __forceinline__ void store_lse(const CombineParams& params, int request, int row, float top, float total) {
@@ -86,82 +95,108 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 // Grid: (requests or slots, rows, column chunks).
-template <int KV_LORA_RANK, int COLUMNS, int THREADS, bool IS_BF16>
+template <int KV_LORA_RANK, class Layout, int COLUMNS, bool IS_BF16>
 __device__ __forceinline__ void combine_row(const CombineParams& params) {
-  constexpr int LANES = COLUMNS / VECTOR;        // threads across the columns
-  constexpr int GROUPS = THREADS / LANES;        // groups of them share the parts
-  static_assert(COLUMNS != 128 || GROUPS >= 8);  // a part each, in order: the head of this file
-  __shared__ Shared<THREADS> shared;
+  constexpr int LANES = COLUMNS / VECTOR;  // threads across the columns
+  constexpr int GROUPS = ROW_THREADS / LANES;
+  constexpr int ROUNDS = (PARTS_IN_FLIGHT * GROUPS + 31) / 32;    // of 32 log-sums
+  constexpr int SLICES = LANES < 32 ? ROW_THREADS / 32 : GROUPS;  // sums that are left when warps have added theirs
+  static_assert(32 % GROUPS == 0 && (LANES >= 32 || 32 % LANES == 0));
+  __shared__ float4 sums[SLICES][COLUMNS / 4];
   griddepcontrol_launch_dependents();
   PlanSplit split;
   // The plan is older than the launch of decode, which has begun.
   const int request = cut_request(params, blockIdx.x, split);
+  const int row = blockIdx.y;
+  const int lane = threadIdx.x % 32, group = threadIdx.x / LANES;
+  const int position = blockIdx.z * COLUMNS + threadIdx.x % LANES * VECTOR;
+  const Parts<KV_LORA_RANK, Layout> parts(params, split, row);
   // Every CTA waits, also those with nothing to do: the launch after this one may begin when all have exited, and
   // relies on decode's results then.
   griddepcontrol_wait();
   if (request < 0) return;
 
-  const int row = blockIdx.y;
-  const int column = blockIdx.z * COLUMNS + threadIdx.x % LANES * VECTOR;
-  const int group = threadIdx.x / LANES;
-  float4 ahead[ROW_PARTS_IN_FLIGHT];  // requested before the weights are known
+  // All that is wanted is asked for before anything is used, the log-sums first: a part per lane and round.
+  float weight[ROUNDS];
 #pragma unroll
-  for (int i = 0; i < ROW_PARTS_IN_FLIGHT; ++i) {
+  for (int round = 0; round < ROUNDS; ++round) {
+    const int part = round * 32 + lane;
+    weight[round] = part < split.num_parts ? parts.log_sum(part) : -infinity();
+  }
+  uint4 columns[PARTS_IN_FLIGHT];
+  float scale[PARTS_IN_FLIGHT];
+#pragma unroll
+  for (int i = 0; i < PARTS_IN_FLIGHT; ++i) {
     const int part = group + i * GROUPS;
+    columns[i] = make_uint4(0, 0, 0, 0);
+    scale[i] = 0.f;
     if (part < split.num_parts) {
-      ahead[i] = *reinterpret_cast<const float4*>(params.o_partial +
-                                                  partial_row(params, split, part, row) * KV_LORA_RANK + column);
+      columns[i] = parts.template load<uint4>(part, position);
+      scale[i] = parts.scale(part, position);
     }
   }
-  float top = -infinity();
-  for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
-    const float value = params.lse_partial[partial_row(params, split, part, row)];
-    shared.weight[part] = value;
-    top = fmaxf(top, value);
-  }
-  top = warp_max(top);
-  if (threadIdx.x % 32 == 0) shared.warp_top[threadIdx.x / 32] = top;
-  __syncthreads();
+  float top = weight[0];
 #pragma unroll
-  for (int warp = 0; warp < THREADS / 32; ++warp) top = fmaxf(top, shared.warp_top[warp]);
+  for (int round = 1; round < ROUNDS; ++round) top = fmaxf(top, weight[round]);
+  for (int part = ROUNDS * 32 + lane; part < split.num_parts; part += 32) top = fmaxf(top, parts.log_sum(part));
+  top = warp_max(top);
   const float reference = top == -infinity() ? 0.f : top;
+
   float total = 0.f;
-  for (int part = threadIdx.x; part < split.num_parts; part += THREADS) {
-    const float weight = ex2(shared.weight[part] - reference);
-    shared.weight[part] = weight;
-    total += weight;
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    weight[round] = ex2(weight[round] - reference);
+    total += weight[round];
+  }
+  for (int part = ROUNDS * 32 + lane; part < split.num_parts; part += 32) total += ex2(parts.log_sum(part) - reference);
+  float sum[VECTOR] = {};
+#pragma unroll
+  for (int i = 0; i < PARTS_IN_FLIGHT; ++i) {
+    // Part group + i * GROUPS is lane group + i * GROUPS % 32's of its round.
+    const float by = __shfl_sync(0xFFFFFFFF, weight[i * GROUPS / 32], group + i * GROUPS % 32);
+    accumulate(sum, columns[i], by * scale[i]);
+  }
+  for (int part = group + PARTS_IN_FLIGHT * GROUPS; part < split.num_parts; part += GROUPS) {
+    const float by = ex2(parts.log_sum(part) - reference);
+    accumulate(sum, parts.template load<uint4>(part, position), by * parts.scale(part, position));
   }
   total = warp_sum(total);
-  if (threadIdx.x % 32 == 0) shared.warp_sum[threadIdx.x / 32] = total;
-  __syncthreads();
-  total = 0.f;
-#pragma unroll
-  for (int warp = 0; warp < THREADS / 32; ++warp) total += shared.warp_sum[warp];
 
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int i = 0; i < ROW_PARTS_IN_FLIGHT; ++i) {
-    const int part = group + i * GROUPS;
-    if (part < split.num_parts) accumulate(sum, ahead[i], shared.weight[part]);
+  for (int distance = LANES; distance < 32; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) sum[i] += __shfl_xor_sync(0xFFFFFFFF, sum[i], distance);
   }
-  for (int part = group + ROW_PARTS_IN_FLIGHT * GROUPS; part < split.num_parts; part += GROUPS) {
-    const int64_t offset = partial_row(params, split, part, row) * KV_LORA_RANK + column;
-    accumulate(sum, *reinterpret_cast<const float4*>(params.o_partial + offset), shared.weight[part]);
+  if (LANES >= 32 || lane < LANES) {
+    float4* slice = sums[LANES < 32 ? threadIdx.x / 32 : group] + threadIdx.x % LANES * (VECTOR / 4);
+    slice[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    slice[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   }
-  shared.sum[threadIdx.x] = sum;
   __syncthreads();
-  if (group != 0) return;
-#pragma unroll
-  for (int other = 1; other < GROUPS; ++other) accumulate(sum, shared.sum[other * LANES + threadIdx.x], 1.f);
+  const float scale_all = total > 0.f ? 1.f / total : 0.f;
   const int64_t out_row = (int64_t)request * params.seqlen_q * params.num_heads + row;
-  store_columns<IS_BF16>(params, out_row * KV_LORA_RANK + column, sum, total > 0.f ? 1.f / total : 0.f);
+  uint16_t* out = static_cast<uint16_t*>(params.out) + out_row * KV_LORA_RANK;
+#pragma unroll
+  for (int pair = threadIdx.x; pair < COLUMNS / 2; pair += ROW_THREADS) {
+    const int at = Layout::pair_position(pair);
+    float low = 0.f, high = 0.f;
+#pragma unroll
+    for (int slice = 0; slice < SLICES; ++slice) {
+      const float* of_slice = reinterpret_cast<const float*>(sums[slice]);
+      low += of_slice[at];
+      high += of_slice[at + Layout::DISTANCE];
+    }
+    *reinterpret_cast<uint32_t*>(out + Layout::template column<KV_LORA_RANK>(blockIdx.z * COLUMNS + at)) =
+        pack<IS_BF16>(low * scale_all, high * scale_all);
+  }
   if (threadIdx.x == 0 && blockIdx.z == 0) store_lse(params, request, row, top, total);
 }
 
 // Grid: (requests or slots, rows / 4).
-template <int KV_LORA_RANK, bool IS_BF16>
+template <int KV_LORA_RANK, class Layout, bool IS_BF16>
 __device__ __forceinline__ void combine_warp(const CombineParams& params) {
-  constexpr int VECTORS = KV_LORA_RANK / (32 * VECTOR);  // loads per part
+  constexpr int VECTORS = KV_LORA_RANK / (32 * WARP_VECTOR);  // loads per part
+  __shared__ float4 sums[WARP_THREADS / 32][KV_LORA_RANK / 4];
   griddepcontrol_launch_dependents();
   PlanSplit split;
   const int request = cut_request(params, blockIdx.x, split);
@@ -170,77 +205,88 @@ __device__ __forceinline__ void combine_warp(const CombineParams& params) {
   if (request < 0 || row >= params.seqlen_q * params.num_heads) return;
 
   const int lane = threadIdx.x % 32;
-  const auto load = [&](int part, int vector) {
-    return *reinterpret_cast<const float4*>(params.o_partial + partial_row(params, split, part, row) * KV_LORA_RANK +
-                                            (vector * 32 + lane) * VECTOR);
-  };
-  float4 ahead[WARP_PARTS_IN_FLIGHT][VECTORS];  // requested before the weights are known; a cut request has two parts
+  const Parts<KV_LORA_RANK, Layout> parts(params, split, row);
+  const auto position = [&](int vector) { return (vector * 32 + lane) * WARP_VECTOR; };
+  uint2 ahead[WARP_PARTS_IN_FLIGHT][VECTORS];  // requested before the weights are known; a cut request has two parts
+  float scale[WARP_PARTS_IN_FLIGHT][VECTORS];
 #pragma unroll
   for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
 #pragma unroll
-    for (int vector = 0; vector < VECTORS; ++vector) ahead[i][vector] = load(i, vector);
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      ahead[i][vector] = parts.template load<uint2>(i, position(vector));
+      scale[i][vector] = parts.scale(i, position(vector));
+    }
   }
   float top = -infinity();
-  for (int part = lane; part < split.num_parts; part += 32) {
-    top = fmaxf(top, params.lse_partial[partial_row(params, split, part, row)]);
-  }
+  for (int part = lane; part < split.num_parts; part += 32) top = fmaxf(top, parts.log_sum(part));
   top = warp_max(top);
   const float reference = top == -infinity() ? 0.f : top;
-  float4 sum[VECTORS] = {};
+  float sum[VECTORS][WARP_VECTOR] = {};
   float total = 0.f;
   for (int first = 0; first < split.num_parts; first += 32) {
     float weight = 0.f;  // of part first + lane
-    if (first + lane < split.num_parts) {
-      weight = ex2(params.lse_partial[partial_row(params, split, first + lane, row)] - reference);
-    }
+    if (first + lane < split.num_parts) weight = ex2(parts.log_sum(first + lane) - reference);
     total += warp_sum(weight);
     for (int part = first; part < min(first + 32, split.num_parts); part += WARP_PARTS_IN_FLIGHT) {
 #pragma unroll
       for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
         if (part + i >= split.num_parts) break;
-        const float part_weight = __shfl_sync(0xFFFFFFFF, weight, part + i - first);
+        const float by = __shfl_sync(0xFFFFFFFF, weight, part + i - first);
 #pragma unroll
-        for (int vector = 0; vector < VECTORS; ++vector) accumulate(sum[vector], ahead[i][vector], part_weight);
+        for (int vector = 0; vector < VECTORS; ++vector) {
+          accumulate(sum[vector] + 0, ahead[i][vector].x, by * scale[i][vector]);
+          accumulate(sum[vector] + 2, ahead[i][vector].y, by * scale[i][vector]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < WARP_PARTS_IN_FLIGHT; ++i) {
         const int next = part + WARP_PARTS_IN_FLIGHT + i;
         if (next >= split.num_parts) break;
 #pragma unroll
-        for (int vector = 0; vector < VECTORS; ++vector) ahead[i][vector] = load(next, vector);
+        for (int vector = 0; vector < VECTORS; ++vector) {
+          ahead[i][vector] = parts.template load<uint2>(next, position(vector));
+          scale[i][vector] = parts.scale(next, position(vector));
+        }
       }
     }
   }
-  const int64_t out_row = (int64_t)request * params.seqlen_q * params.num_heads + row;
+  // In shared memory from the order of the layout to that of the row.
+  float* mine = reinterpret_cast<float*>(sums[threadIdx.x / 32]);
 #pragma unroll
   for (int vector = 0; vector < VECTORS; ++vector) {
-    store_columns<IS_BF16>(params, out_row * KV_LORA_RANK + (vector * 32 + lane) * VECTOR, sum[vector],
-                           total > 0.f ? 1.f / total : 0.f);
+    sums[threadIdx.x / 32][vector * 32 + lane] =
+        make_float4(sum[vector][0], sum[vector][1], sum[vector][2], sum[vector][3]);
+  }
+  __syncwarp();
+  const float scale_all = total > 0.f ? 1.f / total : 0.f;
+  const int64_t out_row = (int64_t)request * params.seqlen_q * params.num_heads + row;
+  uint16_t* out = static_cast<uint16_t*>(params.out) + out_row * KV_LORA_RANK;
+#pragma unroll
+  for (int pair = lane; pair < KV_LORA_RANK / 2; pair += 32) {
+    const int at = Layout::pair_position(pair);
+    *reinterpret_cast<uint32_t*>(out + Layout::template column<KV_LORA_RANK>(at)) =
+        pack<IS_BF16>(mine[at] * scale_all, mine[at + Layout::DISTANCE] * scale_all);
   }
   if (lane == 0) store_lse(params, request, row, top, total);
 }
 
-#define COMBINE_KERNELS(DTYPE, IS_BF16, KV_LORA_RANK)                                                             \
-  extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)                                                    \
-      flash_fwd_mla_combine_kernel_few_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
-    combine_row<KV_LORA_RANK, 128, FEW_THREADS, IS_BF16>(params);                                                 \
-  }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                    \
-      flash_fwd_mla_combine_kernel_chunk_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) { \
-    combine_row<KV_LORA_RANK, 128, ROW_THREADS, IS_BF16>(params);                                                 \
-  }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                    \
-      flash_fwd_mla_combine_kernel_row_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {   \
-    combine_row<KV_LORA_RANK, KV_LORA_RANK, ROW_THREADS, IS_BF16>(params);                                        \
-  }                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(WARP_THREADS)                                                      \
-      flash_fwd_mla_combine_kernel_warp_##DTYPE##_##KV_LORA_RANK(const __grid_constant__ CombineParams params) {  \
-    combine_warp<KV_LORA_RANK, IS_BF16>(params);                                                                  \
+#define COMBINE_KERNEL(NAME, THREADS, CTAS, FUNCTION)                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, CTAS)                             \
+      flash_fwd_mla_combine_kernel_##NAME(const __grid_constant__ CombineParams params) { \
+    FUNCTION(params);                                                                     \
   }
 
-COMBINE_KERNELS(bf16, true, 512)
-COMBINE_KERNELS(fp16, false, 512)
-COMBINE_KERNELS(bf16, true, 256)
-COMBINE_KERNELS(fp16, false, 256)
-COMBINE_KERNELS(bf16, true, 128)
-COMBINE_KERNELS(fp16, false, 128)
+#define COMBINE_KERNELS(SUFFIX, KV_LORA_RANK, LAYOUT, IS_BF16)                                             \
+  COMBINE_KERNEL(columns64_##SUFFIX, ROW_THREADS, 4, (combine_row<KV_LORA_RANK, LAYOUT, 64, IS_BF16>))     \
+  COMBINE_KERNEL(columns128_##SUFFIX, ROW_THREADS, 4, (combine_row<KV_LORA_RANK, LAYOUT, 128, IS_BF16>))   \
+  COMBINE_KERNEL(row_##SUFFIX, ROW_THREADS, 4, (combine_row<KV_LORA_RANK, LAYOUT, KV_LORA_RANK, IS_BF16>)) \
+  COMBINE_KERNEL(warp_##SUFFIX, WARP_THREADS, 1, (combine_warp<KV_LORA_RANK, LAYOUT, IS_BF16>))
+
+COMBINE_KERNELS(bf16_512, 512, TileLayout, true)
+COMBINE_KERNELS(fp16_512, 512, TileLayout, false)
+COMBINE_KERNELS(bf16_256, 256, TileLayout, true)
+COMBINE_KERNELS(fp16_256, 256, TileLayout, false)
+COMBINE_KERNELS(bf16_128, 128, TileLayout, true)
+COMBINE_KERNELS(fp16_128, 128, TileLayout, false)
+COMBINE_KERNELS(few_bf16_512, 512, FewLayout, true)
+COMBINE_KERNELS(few_fp16_512, 512, FewLayout, false)

@@ -17,26 +17,16 @@
 //   empty[slot]   value -> producer     nobody reads the slot any more (Q entry: score -> producer)
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (One file of 700 lines: the three
 // roles and their barriers are one protocol, read together or not at all.)
-#include "params.cuh"
+#include "item.cuh"
 #include "wgmma.cuh"
 
 constexpr int BLOCK_M = 64;  // query rows
-constexpr int BLOCK_N = 64;  // tokens in a unit; the split plan counts in the same unit (contract.PLAN_BLOCK)
-constexpr int TILE_COLUMNS = 64;
-constexpr int TILE_BYTES = BLOCK_N * TILE_COLUMNS * 2;  // 64 rows x 128 bytes, 128-byte swizzle
-static_assert(TILE_BYTES == 8192);
 
-constexpr int WARPGROUP = 128;
 constexpr int NUM_THREADS = 3 * WARPGROUP;
 // 65,536 registers / 384 threads = 170 -> 168 at launch: 504 per lane over the three warpgroups. m64n256 needs >= 154.
 constexpr int SCORE_REGISTERS = 184;
 constexpr int VALUE_REGISTERS = 160;
 static_assert(SCORE_REGISTERS + 2 * VALUE_REGISTERS <= 504);
-
-constexpr int SHARED_LIMIT = 232448;  // bytes that a CTA may have on Hopper
-// A reference maximum is kept until a score exceeds it by 2^8: then P is at most 256, and O and the sums lose nothing.
-constexpr float RESCALE_ABOVE = 8.f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int { BARRIER_SCORE = 1, BARRIER_VALUE = 2 };  // and BARRIER_VALUE + 1
@@ -59,14 +49,6 @@ struct Shape {
   static constexpr int SUM_BUFFERS = (STAGES - 1) / 2 + 1;
   static_assert(!HAS_Q_TAIL || (STEPS == 36 && QK_ROPE_HEAD_DIM_ == 64));
   static_assert(QK_ROPE_HEAD_DIM_ <= TILE_COLUMNS && D_QK % 16 == 0 && KV_LORA_RANK % (2 * TILE_COLUMNS) == 0);
-};
-
-// What a CTA works on, for all roles. Row r of the tile is query (first_row + r) / group, head kv_head * group +
-// (first_row + r) % group of its request.
-struct Cta {
-  int plan_slot;
-  int kv_head;
-  int first_row;
 };
 
 // The producer's walk over all ring entries of the CTA, STAGES ahead of its warpgroup. In shared memory because the
@@ -118,38 +100,6 @@ struct Position {
   }
 };
 
-// What every role derives for itself from the plan and the live length; again when it is needed again, from L1.
-struct Item {
-  int request;
-  int first_unit;
-  int num_units;
-  int length;  // tokens
-  bool is_whole;
-  bool is_begin;  // of the request
-  int next;
-
-  // Index of the partial result of a cut request: first parts lie behind all slots.
-  __device__ __forceinline__ int partial(const DecodeParams& params, const Cta& cta) const {
-    return is_begin ? params.num_slots + cta.plan_slot : cta.plan_slot;
-  }
-};
-
-__device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
-  const int4 plan = ld_global_nc(reinterpret_cast<const int4*>(params.items) + row);
-  Item item;
-  item.request = plan.x;
-  item.next = plan.w;
-  if (plan.x < 0) return item;
-  const int length = ld_global_nc(params.cache_seqlens + plan.x * params.seqlens_stride);
-  item.length = length < 0 ? 0 : length;
-  const uint64_t units = ((uint32_t)item.length + BLOCK_N - 1) / BLOCK_N;
-  item.first_unit = (int)(units * (uint32_t)plan.y >> 30);
-  item.num_units = (int)(units * (uint32_t)plan.z >> 30) - item.first_unit;
-  item.is_begin = plan.y == 0;
-  item.is_whole = item.is_begin && plan.z == PLAN_WHOLE;
-  return item;
-}
-
 // Row of the tile of a thread's first accumulators; its others are 8 further down.
 __device__ __forceinline__ int accumulator_row() {
   const int thread = thread_index() % WARPGROUP;
@@ -157,21 +107,6 @@ __device__ __forceinline__ int accumulator_row() {
 }
 
 // --- producer -------------------------------------------------------------------------------------------------------
-
-template <class S>
-__device__ __forceinline__ int page_of(const DecodeParams& params, int request, int token) {
-  return ld_global_nc(params.block_table + request * params.table_stride_request +
-                      token / params.block_size * params.table_stride_page);
-}
-
-// Asks for the block table of the first item, a line of 32 pages per lane, while the producer waits for its length: the
-// first page of a cold table is a miss of ~1 µs behind two others.
-__device__ __forceinline__ void prefetch_table(const DecodeParams& params, const Cta& cta) {
-  const int4 plan = ld_global_nc(reinterpret_cast<const int4*>(params.items) + cta.plan_slot);
-  const int page = thread_index() % 32 * 32;
-  if (plan.x < 0 || page >= params.max_blocks) return;
-  prefetch_global_l2(params.block_table + plan.x * params.table_stride_request + page * params.table_stride_page);
-}
 
 // Moves the walk to the next item that has units.
 template <class S>
@@ -214,7 +149,7 @@ __device__ __forceinline__ void load_entry(const DecodeParams& params, Shared<S>
     if (state.needs_q) {
       tma_load_5d(shared.ring[slot], params.q_map, full, 0, shared.cta.first_row, 0, kv_head, state.request);
     } else {
-      tma_load_5d(shared.ring[slot], params.kv_map, full, 0, token % params.block_size, 0, kv_head, page);
+      tma_load_5d(shared.ring[slot], params.kv_map, full, 0, row_in_page(params, token), 0, kv_head, page);
     }
     return;
   }
@@ -223,7 +158,7 @@ __device__ __forceinline__ void load_entry(const DecodeParams& params, Shared<S>
   for (int box = 0; box < boxes; ++box) {
     const int box_token = token + box * box_rows;
     const int row = state.needs_q ? shared.cta.first_row : box_token % params.block_size;
-    const int outer = state.needs_q ? state.request : is_one_box ? page : page_of<S>(params, state.request, box_token);
+    const int outer = state.needs_q ? state.request : is_one_box ? page : page_of(params, state.request, box_token);
 #pragma unroll 1
     for (int tile = 0; tile < S::TILES; ++tile) {
       tma_load_5d(shared.ring[slot][tile] + box * box_bytes, map, full, S::HAS_TILE_DIMENSION ? 0 : tile * TILE_COLUMNS,
@@ -236,8 +171,8 @@ __device__ __forceinline__ void load_entry(const DecodeParams& params, Shared<S>
 template <class S>
 __device__ __forceinline__ int next_page(const DecodeParams& params, const Shared<S>& shared) {
   const ProducerState& state = shared.producer;
-  if (state.needs_q || state.unit == state.units_end || params.box_rows != BLOCK_N) return 0;
-  return page_of<S>(params, state.request, state.unit * BLOCK_N);
+  if (state.unit == state.units_end || params.box_rows != BLOCK_N) return 0;
+  return page_of(params, state.request, state.unit * BLOCK_N);
 }
 
 // Loads the next entry, if there is one, into `slot`; `parity` is that of the phase in which the slot was left.
@@ -323,22 +258,17 @@ __device__ __forceinline__ void store_log_sums(const DecodeParams& params, const
   for (int half = 0; half < 2; ++half) {
     const int row = tile.first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
     if (row >= params.seqlen_q * params.group) return;
-    const int query = row / params.group;
-    const int head = tile.kv_head * params.group + row % params.group;
     const float log_sum = reference[half] + lg2(sum[half]);
     if (item.is_whole) {
+      const int query = row / params.group;
+      const int head = tile.kv_head * params.group + row % params.group;
       const int64_t index = ((int64_t)item.request * params.num_heads + head) * params.seqlen_q + query;
       params.lse[index] = sum[half] == 0.f ? infinity() : log_sum * LN_2;
     } else {
-      const int64_t index = ((int64_t)item.partial(params, tile) * params.seqlen_q + query) * params.num_heads + head;
-      params.lse_partial[index] = sum[half] == 0.f ? -infinity() : log_sum;
+      const int64_t index = sum_index(params, 0, item.partial(params, tile), row_index(params, tile, row));
+      params.partial_sums[index] = sum[half] == 0.f ? -infinity() : log_sum;
     }
   }
-}
-
-// Tokens of a request that row `row` of the tile may see; queries are aligned to the end.
-__device__ __forceinline__ int visible_tokens(const DecodeParams& params, int length, int row) {
-  return params.is_causal ? length - (params.seqlen_q - 1 - row / params.group) : length;
 }
 
 template <class S>
@@ -508,38 +438,53 @@ __device__ __forceinline__ void clear_rows(Shared<S>& shared, int slot, int half
   bar_sync(BARRIER_VALUE + half, WARPGROUP);
 }
 
-// Row `lane / 4 + 8 * UPPER` of each warp's 16: to `out`, or in fp32 to the partial results.
+// Row `lane / 4 + 8 * UPPER` of each warp's 16, times `scale`: to `out`, or to the partial results.
 template <class S, int UPPER>
-__device__ __forceinline__ void store_row(const DecodeParams& params, const Cta& tile, const Item& item, int half,
-                                          const float (&o)[S::HALF_COLUMNS / 2], float scale) {
+__device__ __forceinline__ void store_row(const DecodeParams& params, const Shared<S>& shared, const Item& item,
+                                          int half, const float (&o)[S::HALF_COLUMNS / 2], float scale) {
+  // Read again for each row: registers are short here.
+  const volatile Cta& now = shared.cta;
+  const Cta tile = {now.plan_slot, now.kv_head, now.first_row};
   const int thread = thread_index() % WARPGROUP;
   const int lane = thread % 32;
   const int tile_row = tile.first_row + thread / 32 * 16 + lane / 4 + 8 * UPPER;
   const bool is_row = tile_row < params.seqlen_q * params.group;
-  const int query = tile_row / params.group;
-  const int head = tile.kv_head * params.group + tile_row % params.group;
+  const int row = row_index(params, tile, tile_row);
+  const int rows = params.seqlen_q * params.num_heads;
   if (!item.is_whole) {
-    const int64_t index = ((int64_t)item.partial(params, tile) * params.seqlen_q + query) * params.num_heads + head;
-    float* target = params.o_partial + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS + lane % 4 * 2;
+    float top = 0.f;
 #pragma unroll
-    for (int i = 0; i < S::HALF_COLUMNS / 8; ++i) {
-      const float2 value = make_float2(o[4 * i + 2 * UPPER] * scale, o[4 * i + 2 * UPPER + 1] * scale);
-      if (is_row) *reinterpret_cast<float2*>(target + 8 * i) = value;
+    for (int i = 0; i < S::HALF_COLUMNS / 2; ++i) {
+      if ((i >> 1 & 1) == UPPER) top = fmaxf(top, fabsf(o[i]));
     }
-  } else {
-    const int64_t index = ((int64_t)item.request * params.seqlen_q + query) * params.num_heads + head;
-    // Neighbours exchange, so that each stores 8 bytes and four lanes fill a sector of 32.
-    const int odd = lane & 1;
-    uint16_t* target = static_cast<uint16_t*>(params.out) + index * S::KV_LORA_RANK + half * S::HALF_COLUMNS + odd * 8 +
-                       (lane & 2) * 2;
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 2));
+    const PartialScale unit = partial_scale(top * scale);
+    scale *= unit.inverse;
+    const int partial = item.partial(params, tile);
+    if (!is_row) return;
+    if (lane % 4 == 0) params.partial_sums[sum_index(params, 1 + half, partial, row)] = unit.unit;
+    uint16_t* target =
+        params.o_partial + ((int64_t)partial * rows + row) * S::KV_LORA_RANK + half * S::HALF_COLUMNS + lane % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < S::HALF_COLUMNS / 16; ++i) {
-      const uint32_t first = pack<S::IS_BF16>(o[8 * i + 2 * UPPER] * scale, o[8 * i + 2 * UPPER + 1] * scale);
-      const uint32_t second = pack<S::IS_BF16>(o[8 * i + 2 * UPPER + 4] * scale, o[8 * i + 2 * UPPER + 5] * scale);
-      const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? first : second, 1);
-      const uint2 value = odd ? make_uint2(other, second) : make_uint2(first, other);
-      if (is_row) *reinterpret_cast<uint2*>(target + 16 * i) = value;
+    for (int i = 0; i < S::HALF_COLUMNS / 16; ++i) {  // TileLayout
+      const uint32_t first = pack<false>(o[8 * i + 2 * UPPER] * scale, o[8 * i + 2 * UPPER + 1] * scale);
+      const uint32_t second = pack<false>(o[8 * i + 2 * UPPER + 4] * scale, o[8 * i + 2 * UPPER + 5] * scale);
+      *reinterpret_cast<uint2*>(target + 16 * i) = make_uint2(first, second);
     }
+    return;
+  }
+  // Neighbours exchange, so that each stores 8 bytes and four lanes fill a sector of 32.
+  const int odd = lane & 1;
+  uint16_t* target = static_cast<uint16_t*>(params.out) + ((int64_t)item.request * rows + row) * S::KV_LORA_RANK +
+                     half * S::HALF_COLUMNS + odd * 8 + (lane & 2) * 2;
+#pragma unroll
+  for (int i = 0; i < S::HALF_COLUMNS / 16; ++i) {
+    const uint32_t first = pack<S::IS_BF16>(o[8 * i + 2 * UPPER] * scale, o[8 * i + 2 * UPPER + 1] * scale);
+    const uint32_t second = pack<S::IS_BF16>(o[8 * i + 2 * UPPER + 4] * scale, o[8 * i + 2 * UPPER + 5] * scale);
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? first : second, 1);
+    const uint2 value = odd ? make_uint2(other, second) : make_uint2(first, other);
+    if (is_row) *reinterpret_cast<uint2*>(target + 16 * i) = value;
   }
 }
 
@@ -559,10 +504,13 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
   if (PRODUCES && thread_index() == WARPGROUP) {
     shared.producer.row = shared.cta.plan_slot;
     next_item<S>(params, shared);
-    // All slots, of which none was used before, and then the one that holds Q once more.
+    // All slots, of which none was used before, and then the one that holds Q once more. The first unit's page is
+    // looked up before Q is asked for: the answer comes while TMA takes Q.
+    int page = next_page<S>(params, shared);
     for (int entry = 0; entry <= S::STAGES; ++entry) {
       const int slot = entry == S::STAGES ? 0 : entry;
-      produce<S>(params, shared, slot, entry == S::STAGES ? 0 : 1, next_page<S>(params, shared));
+      if (entry > 1) page = next_page<S>(params, shared);
+      produce<S>(params, shared, slot, entry == S::STAGES ? 0 : 1, page);
     }
   }
   __syncwarp();
@@ -636,8 +584,8 @@ __device__ __forceinline__ void value_role(const DecodeParams& params, Shared<S>
       sum_buffer = sum_buffer + 1 == S::SUM_BUFFERS ? 0 : sum_buffer + 1;
     }
     const Item item = load_item(params, plan_row);
-    store_row<S, 0>(params, shared.cta, item, HALF, o, scale[0]);
-    store_row<S, 1>(params, shared.cta, item, HALF, o, scale[1]);
+    store_row<S, 0>(params, shared, item, HALF, o, scale[0]);
+    store_row<S, 1>(params, shared, item, HALF, o, scale[1]);
     plan_row = item.next;
   }
 }
@@ -649,6 +597,8 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   static_assert(sizeof(Shared<S>) <= SHARED_LIMIT);
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
   if (threadIdx.x == 0) {
+    prefetch_tensormap(params.q_map);
+    prefetch_tensormap(params.kv_map);
     for (int slot = 0; slot < S::STAGES; ++slot) {
       mbarrier_init(shared.full[slot], 1);
       mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
@@ -658,10 +608,12 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     const int tile = blockIdx.x % params.tiles;
     shared.cta = {(int)blockIdx.x / params.tiles, tile / params.row_tiles, tile % params.row_tiles * BLOCK_M};
   }
+  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
+  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
   __syncthreads();
+  if (threadIdx.x / 32 == NUM_THREADS / 32 - 1) prefetch_chain(params, shared.cta);  // a warp whose work comes last
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  if (threadIdx.x / 32 == WARPGROUP / 32) prefetch_table(params, shared.cta);
 
   // Uniform to the compiler too, or it serialises the wgmmas.
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);

@@ -26,8 +26,8 @@ struct DecodeParams {
   TensorMap kv_map;              // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles or 1, 1, 1}
   void* out;                     // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
   float* lse;                    // [batch, num_heads, seqlen_q], contiguous, natural log
-  float* o_partial;              // [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each divided by its own sum
-  float* lse_partial;            // [2 * num_slots, seqlen_q, num_heads], log2
+  uint16_t* o_partial;           // fp16 [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each row divided by its sum
+  float* partial_sums;           // [1 + scales, seqlen_q, num_heads, 2 * num_slots]: log-sums (log2), then the scales
   const PlanItem* items;         // [num_slots + batch]
   const PlanSplit* splits;       // [batch]
   const int* block_table;        // [batch, max_blocks]
@@ -36,6 +36,7 @@ struct DecodeParams {
   int64_t table_stride_page;     // elements
   int64_t seqlens_stride;        // elements
   float softmax_scale_log2;      // softmax_scale * log2(e)
+  int batch;
   int max_blocks;
   int seqlen_q;
   int num_heads;
@@ -51,8 +52,8 @@ struct DecodeParams {
 struct CombineParams {
   void* out;  // as in DecodeParams
   float* lse;
-  const float* o_partial;
-  const float* lse_partial;
+  const uint16_t* o_partial;
+  const float* partial_sums;
   const PlanItem* items;
   const PlanSplit* splits;
   int by_slot;        // 1: grid.x counts slots, 0: requests; whichever is fewer

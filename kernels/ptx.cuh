@@ -68,6 +68,10 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Box at {column, row, tile, head, outer}; elements outside the tensor arrive as zeros and count as bytes.
 __device__ __forceinline__ void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row,
                                             int tile, int head, int outer) {
@@ -89,6 +93,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&value)[4], uint32_t addre
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+// The same, each matrix transposed: what a lane holds as row lane / 4, columns 2 * (lane % 4).. goes to column lane
+// / 4.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
 }
@@ -122,6 +134,20 @@ __device__ __forceinline__ void prefetch_global_l2(const void* address) {
 
 __device__ __forceinline__ void bar_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The same, and whether any of the threads said yes.
+__device__ __forceinline__ bool bar_red_or(int barrier, int threads, bool vote) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.b32 q, %3, 0;\n"
+      "bar.red.or.pred p, %1, %2, q;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"((uint32_t)vote)
+      : "memory");
+  return any != 0;
 }
 
 template <int REGISTERS>
@@ -175,5 +201,17 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   }
+  return result;
+}
+
+// Two fp16 of one register to fp32, the lower address first.
+__device__ __forceinline__ float2 unpack_fp16(uint32_t both) {
+  float2 result;
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n}"
+      : "=f"(result.x), "=f"(result.y)
+      : "r"(both));
   return result;
 }

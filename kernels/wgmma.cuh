@@ -226,3 +226,42 @@ __device__ __forceinline__ void wgmma_m64k16_transposed(float (&d)[128], uint64_
         : "l"(a), "l"(b), "r"((uint32_t)accumulate));
   }
 }
+
+// d[64 x 16] += A[64 x 16] B[16 x 16]^T, both in shared memory, B K-major; A K-major, or MN-major where it is
+// transposed.
+template <bool IS_BF16, bool IS_A_TRANSPOSED>
+__device__ __forceinline__ void wgmma_m64k16_narrow(float (&d)[8], uint64_t a, uint64_t b) {
+  if constexpr (IS_BF16) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, %10, "
+        "0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "n"((int)IS_A_TRANSPOSED));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, %10, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "n"((int)IS_A_TRANSPOSED));
+  }
+}
+
+// d[64 x 32] += A[64 x 16] B[32 x 16]^T, both in shared memory, B K-major; A K-major, or MN-major where it is
+// transposed.
+template <bool IS_BF16, bool IS_A_TRANSPOSED>
+__device__ __forceinline__ void wgmma_m64k16_narrow(float (&d)[16], uint64_t a, uint64_t b) {
+  if constexpr (IS_BF16) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+        "%13, %14, %15}, %16, %17, 1, 1, 1, %18, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "n"((int)IS_A_TRANSPOSED));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+        "%13, %14, %15}, %16, %17, 1, 1, 1, %18, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "n"((int)IS_A_TRANSPOSED));
+  }
+}

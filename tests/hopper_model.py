@@ -22,15 +22,14 @@ from flash_mla.backends import torch as definition
 from flash_mla.backends.cuda.params import COMBINE, COMBINE_FIELDS, DECODE, DECODE_FIELDS
 from flash_mla.backends.cuda.plan import PARAMS
 
-BLOCK_M = BLOCK_N = 64
+BLOCK_N = 64
 PLAN_WHOLE = 1 << 30
 COMBINE_SOURCE = (_build.KERNELS / "combine.cu").read_text()
 # Form of the merge -> name of its number of threads, columns per CTA ("KV_LORA_RANK" = all, "" = all, a warp per row).
 FORMS = {
     form: (threads, columns)
-    for threads, form, columns in re.findall(
-        r"__launch_bounds__\((\w+)[^)]*\)\s*\\\n\s*flash_fwd_mla_combine_kernel_(\w+?)_##DTYPE[^\n]*\n"
-        r"\s*combine_(?:row<KV_LORA_RANK, (\w+), |warp<)",
+    for form, threads, columns in re.findall(
+        r"COMBINE_KERNEL\((\w+?)_##\w+, (\w+), \d+, \(combine_(?:row<KV_LORA_RANK, LAYOUT, (\w+), |warp<)",
         COMBINE_SOURCE,
     )
 }
@@ -93,25 +92,28 @@ def items_of(items: int, slot: int) -> Iterator[tuple[int, int, int]]:
 
 
 def do_decode(launch: Launch, maps: dict[bytes, Map]) -> None:
-    """`flash_fwd_splitkv_mla_kernel_*`, CTA by CTA."""
+    """`flash_fwd_splitkv_mla_kernel_*`, CTA by CTA; a CTA has 64 query rows, or as many as "few" says."""
     p = decode_fields(launch)
+    few = re.search(r"_few(\d+)_", launch.kernel)
+    tile_rows = int(few[1]) if few else 64
     rank = int(launch.kernel.split("_")[-2])
     q_map, kv_map = maps[p["q_map"]], maps[p["kv_map"]]
     q, kv = q_map.rows(), kv_map.rows()
     box_rows = p["box_rows"]
     assert p["block_size"] == kv.shape[2]
     assert p["block_size"] % box_rows == BLOCK_N % box_rows == 0
-    for which, rows in ((q_map, BLOCK_M), (kv_map, box_rows)):
-        assert which.box[:2] == (64, rows)
-        assert which.box[2] in (1, which.sizes[2])
+    assert q_map.box[:3] == (64, tile_rows, q_map.sizes[2])
+    # A third of a unit for few rows. Boxes of fewer tokens are one tile, as they are where a row is not whole tiles.
+    tiles = kv_map.sizes[2] // (3 if few else 1)
+    assert kv_map.box[:3] == (64, box_rows, tiles if box_rows == BLOCK_N else 1)
     assert launch.grid == (p["num_slots"] * p["tiles"], 1, 1)
-    assert p["row_tiles"] * BLOCK_M >= q.shape[2] > (p["row_tiles"] - 1) * BLOCK_M
+    assert p["row_tiles"] * tile_rows >= q.shape[2] > (p["row_tiles"] - 1) * tile_rows
     shape = (p["seqlen_q"], p["num_heads"])
     scale = float(p["softmax_scale_log2"])
     for cta in range(launch.grid[0]):
         slot, tile = divmod(cta, p["tiles"])
-        kv_head, first_row = tile // p["row_tiles"], tile % p["row_tiles"] * BLOCK_M
-        rows = np.arange(first_row, min(first_row + BLOCK_M, p["seqlen_q"] * p["group"]))
+        kv_head, first_row = tile // p["row_tiles"], tile % p["row_tiles"] * tile_rows
+        rows = np.arange(first_row, min(first_row + tile_rows, p["seqlen_q"] * p["group"]))
         query, head = rows // p["group"], kv_head * p["group"] + rows % p["group"]
         for request, begin, end in items_of(p["items"], slot):
             assert request < q.shape[0]
@@ -138,28 +140,51 @@ def do_decode(launch: Launch, maps: dict[bytes, Map]) -> None:
                 view(p["lse"], (request + 1, *shape[::-1]), np.float32)[request, head, query] = natural
             else:
                 part = p["num_slots"] + slot if begin == 0 else slot
-                view(p["o_partial"], (2 * p["num_slots"], *shape, rank), np.float32)[part, query, head] = o
-                view(p["lse_partial"], (2 * p["num_slots"], *shape), np.float32)[part, query, head] = log_sum
+                columns, sums, order = partial_results(p, shape, rank, bool(few))
+                together = o[:, order].reshape(len(rows), *columns.shape[3:])  # what shares a scale
+                scales = 2.0 ** np.frexp(np.abs(together).max(2))[1]
+                columns[part, query, head] = together / scales[..., None]
+                sums[part, query, head] = np.column_stack((log_sum, scales))
+
+
+def partial_results(
+    p: dict[str, int], shape: tuple[int, int], rank: int, is_few: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all parts and rows, as `kernels/partial.cuh` has them: columns, those that share a scale together; log-sum and
+    scales; the column at each position of a row."""
+    position = np.arange(rank)
+    if is_few:
+        scales, half = 8, rank // 2
+        column = position // half * half + position % half // 64 * 16  # a half, a warp's 16 of each tile of 64
+        column += position % 8 // 2 * 64 + position % 2 * 8 + position % 64 // 8
+    else:
+        scales = 2
+        column = position // 16 * 16 + position % 4 // 2 * 8 + position // 4 % 4 * 2 + position % 2
+    assert sorted(column) == list(range(rank))
+    parts = 2 * p["num_slots"]
+    columns = view(p["o_partial"], (parts, *shape, scales, rank // scales), np.float16)
+    sums = view(p["partial_sums"], (1 + scales, *shape, parts), np.float32)
+    return columns, sums.transpose(3, 1, 2, 0), column
 
 
 def do_combine(launch: Launch) -> None:
-    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once."""
+    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once. "few": of what a few-row kernel left."""
     p = combine_fields(launch)
-    form, rank = launch.kernel.split("_")[-3], int(launch.kernel.split("_")[-1])
+    form, *few, _, number = launch.kernel.partition("_kernel_")[2].split("_")
+    rank, is_few = int(number), few == ["few"]
     shape = (p["seqlen_q"], p["num_heads"])
     rows = math.prod(shape)
     groups = launch.grid[0]
-    name, columns = FORMS[form]
+    name, cta_columns = FORMS[form]
     (threads,) = (
         int(number) for number in re.findall(rf"^constexpr int {name} = (\d+);", COMBINE_SOURCE, re.MULTILINE)
     )
     assert launch.block == (threads, 1, 1)
-    if columns:
-        assert launch.grid[1:] == (rows, rank // (int(columns) if columns.isdigit() else rank))
+    if cta_columns:
+        assert launch.grid[1:] == (rows, rank // (int(cta_columns) if cta_columns.isdigit() else rank))
     else:
         assert launch.grid[1:] == (-(-rows * 32 // threads), 1)
-    o_partial = view(p["o_partial"], (2 * p["num_slots"], *shape, rank), np.float32)
-    lse_partial = view(p["lse_partial"], (2 * p["num_slots"], *shape), np.float32)
+    columns, sums, order = partial_results(p, shape, rank, is_few)
     for index in range(groups):
         request = p["first_request"] + index
         if p["by_slot"]:
@@ -171,12 +196,14 @@ def do_combine(launch: Launch) -> None:
         if num_parts < 2 or (p["by_slot"] and slot + 1 != index):
             continue
         parts = [p["num_slots"] + slot, *range(slot + 1, slot + num_parts)]
-        log_sums = lse_partial[parts].astype(np.float64)
+        log_sums = sums[parts][..., 0].astype(np.float64)
+        o = columns[parts].astype(np.float64) * sums[parts][..., 1:, None]
         top = log_sums.max(0)
         weights = np.exp2(log_sums - np.where(np.isinf(top), 0, top))
         total = weights.sum(0)
         sees = total > 0
-        merged = (weights[..., None] * o_partial[parts]).sum(0) / np.where(sees, total, 1)[..., None]
+        o = o.reshape(*weights.shape, rank)[..., np.argsort(order)]
+        merged = (weights[..., None] * o).sum(0) / np.where(sees, total, 1)[..., None]
         view(p["out"], (request + 1, *shape, rank), np.float16)[request] = merged
         natural = (top + np.log2(np.where(sees, total, 1))) * math.log(2)
         view(p["lse"], (request + 1, *shape[::-1]), np.float32)[request] = np.where(sees, natural, np.inf).T

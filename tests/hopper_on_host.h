@@ -1,9 +1,9 @@
-// kernels/dense_decode.cu on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from
-// the PTX ISA, not from the kernel: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take
+// The decode kernels on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from the
+// PTX ISA, not from the kernels: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take
 // fragments and descriptors apart as the ISA lays them out, an mbarrier's phase ends when arrivals and bytes are
-// complete. What the kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out
-// as a wrong number or a wait that never ends. Not modelled: the asynchrony of wgmma and TMA (both finish where they
-// are issued), proxies.
+// complete. What a kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out as
+// a wrong number or a wait that never ends. TMA finishes where it is issued, or, on demand, as late and as far out of
+// order as it may. Not modelled: the asynchrony of wgmma, proxies.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <thread>
@@ -38,7 +39,11 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -55,6 +60,8 @@ inline std::atomic<bool> is_stuck = false;
 inline std::mutex lock;
 inline std::condition_variable changed;
 constexpr auto PATIENCE = std::chrono::seconds(20);
+// Counts what the threads do: barriers and matrix products. Where it stands still, they wait for TMA.
+inline std::atomic<int64_t> progress = 0;
 
 template <class Condition>
 void wait_until(std::unique_lock<std::mutex>& held, std::condition_variable& event, Condition condition) {
@@ -65,23 +72,34 @@ struct Barrier {
   std::mutex lock;
   std::condition_variable all_here;
   int here = 0, generation = 0;
+  bool votes = false, result = false;
 
-  void wait(int threads) {
+  // Returns whether any of the threads voted yes.
+  bool wait(int threads, bool vote = false) {
     std::unique_lock<std::mutex> held(lock);
+    ++progress;
     const int mine = generation;
+    votes |= vote;
     if (++here == threads) {
       here = 0;
       ++generation;
+      result = votes;
+      votes = false;
       all_here.notify_all();
     } else {
       wait_until(held, all_here, [&] { return generation != mine; });
     }
+    return result;  // the next generation cannot end without this thread
   }
+
+  // After a kernel that got stuck.
+  void reset() { here = 0, votes = false; }
 };
 
-inline Barrier named_barriers[16], warp_barriers[12];
+inline Barrier named_barriers[16], warp_barriers[12], warpgroup_barriers[3];
 
 inline void bar_sync(int barrier, int threads) { named_barriers[barrier].wait(threads); }
+inline bool bar_red_or(int barrier, int threads, bool vote) { return named_barriers[barrier].wait(threads, vote); }
 inline void __syncthreads() { bar_sync(0, 384); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 
@@ -94,7 +112,9 @@ static_assert(sizeof(Mbarrier) == 8);
 
 inline void update(uint64_t& barrier, int arrivals, int bytes) {
   std::lock_guard<std::mutex> held(lock);
+  ++progress;
   Mbarrier& state = reinterpret_cast<Mbarrier&>(barrier);
+  if (state.pending < arrivals) is_stuck = true;  // more arrivals than the phase has
   state.pending -= arrivals;
   state.bytes += bytes;
   if (state.pending == 0 && state.bytes == 0) {
@@ -196,6 +216,19 @@ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, ui
   for (int m = 0; m < 4; ++m) memcpy(at(addresses[8 * m + lane / 4][0]) + lane % 4 * 4, &value[m], 4);
   __syncwarp();
 }
+// Transposed: what lane l holds is rows 2 * (l % 4) and the next, column l / 4, of the matrix in memory.
+inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const auto addresses = share(address);
+  const int lane = threadIdx.x % 32;
+  const uint32_t value[4] = {a, b, c, d};
+  for (int m = 0; m < 4; ++m) {
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint16_t element = (uint16_t)(value[m] >> 16 * pair);
+      memcpy(at(addresses[8 * m + lane % 4 * 2 + pair][0]) + lane / 4 * 2, &element, 2);
+    }
+  }
+  __syncwarp();
+}
 
 // What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
 struct alignas(64) TensorMap {
@@ -203,9 +236,9 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row, int tile, int head,
-                        int outer) {
-  const int start[5] = {column, row, tile, head, outer};
+inline void prefetch_tensormap(const TensorMap&) {}
+
+inline void load_box(void* target, const TensorMap& map, uint64_t& barrier, const int (&start)[5]) {
   uint32_t address = shared_address(target);
   if (address % 128 || map.box[0] != 64) is_stuck = true;
   uint64_t i[5] = {};
@@ -229,6 +262,40 @@ inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, i
   update(barrier, 0, -bytes);
 }
 
+// TMA promises no order among loads: late ones come only when nothing else can go on, the last issued first.
+inline bool loads_are_late = false;
+inline std::vector<std::function<void()>> late_loads;  // of the CTA, under `lock`
+constexpr auto STANDSTILL = std::chrono::milliseconds(20);
+
+inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row, int tile, int head,
+                        int outer) {
+  const auto load = [=, &map, &barrier] { load_box(target, map, barrier, {column, row, tile, head, outer}); };
+  if (!loads_are_late) return load();
+  std::lock_guard<std::mutex> held(lock);
+  ++progress;
+  late_loads.push_back(load);
+}
+
+// A thread that does the late loads until the CTA has ended.
+inline void do_late_loads(const std::atomic<bool>& has_ended) {
+  int64_t seen = -1;
+  while (!has_ended) {
+    std::this_thread::sleep_for(STANDSTILL);
+    if (seen != progress) {
+      seen = progress;
+      continue;
+    }
+    std::function<void()> load;
+    {
+      std::lock_guard<std::mutex> held(lock);
+      if (late_loads.empty()) continue;
+      load = late_loads.back();
+      late_loads.pop_back();
+    }
+    load();
+  }
+}
+
 // --- global memory and arithmetic -----------------------------------------------------------------------------------
 
 inline int ld_global_nc(const int* address) { return *address; }
@@ -237,7 +304,20 @@ inline void prefetch_global_l2(const void*) {}
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float ex2(float value) { return exp2f(value); }
 inline float lg2(float value) { return log2f(value); }
+inline int __float_as_int(float value) {
+  int bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
 
 // fp16 alone: of bf16 the kernel differs in the instructions' type.
 template <bool IS_BF16>
@@ -258,8 +338,12 @@ inline float half(const void* address) {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit_group() {}
+// A wgmma is one operation of a warpgroup, so it is complete when the rows of all four warps are.
 template <int PENDING>
-void wgmma_wait_group() {}
+void wgmma_wait_group() {
+  static_assert(PENDING == 0);
+  warpgroup_barriers[threadIdx.x / 128].wait(128);
+}
 
 // Element (row, k) of an operand in shared memory, as its descriptor says: K-major, or MN-major where `is_transposed`.
 inline float element(uint64_t descriptor, int row, int k, bool is_transposed) {
@@ -277,6 +361,7 @@ inline float element(uint64_t descriptor, int row, int k, bool is_transposed) {
 
 template <int N, class A>
 void multiply(float* d, const A& a, uint64_t b, bool is_transposed, bool accumulate) {
+  ++progress;
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   for (int half = 0; half < 2; ++half) {
     float row[16];
@@ -310,6 +395,10 @@ template <bool IS_BF16, int REGISTERS>
 void wgmma_m64k16_transposed(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {
   multiply<2 * REGISTERS>(d, [&](int row, int k) { return element(a, row, k, false); }, b, true, accumulate);
 }
+template <bool IS_BF16, bool IS_A_TRANSPOSED, int REGISTERS>
+void wgmma_m64k16_narrow(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
+  multiply<2 * REGISTERS>(d, [&](int row, int k) { return element(a, row, k, IS_A_TRANSPOSED); }, b, false, true);
+}
 
 // --- launch ---------------------------------------------------------------------------------------------------------
 
@@ -319,6 +408,13 @@ bool launch_on_host(Kernel kernel, const Params& params, int blocks) {
   is_stuck = false;
   for (int block = 0; block < blocks && !is_stuck; ++block) {
     memset(host_shared, 0xFF, sizeof host_shared);
+    for (Barrier& barrier : named_barriers) barrier.reset();
+    for (Barrier& barrier : warp_barriers) barrier.reset();
+    for (Barrier& barrier : warpgroup_barriers) barrier.reset();
+    std::atomic<bool> has_ended = false;
+    std::thread late([&] {
+      if (loads_are_late) do_late_loads(has_ended);
+    });
     std::vector<std::thread> running;
     for (int thread = 0; thread < 384; ++thread) {
       running.emplace_back([=, &params] {
@@ -328,6 +424,10 @@ bool launch_on_host(Kernel kernel, const Params& params, int blocks) {
       });
     }
     for (std::thread& thread : running) thread.join();
+    has_ended = true;
+    late.join();
+    is_stuck = is_stuck || !late_loads.empty();
+    late_loads.clear();
   }
   return !is_stuck;
 }

@@ -25,7 +25,7 @@ from flash_mla.backends.cuda.params import COMBINE, COMBINE_FIELDS, DECODE, DECO
 from flash_mla.contract import LATENT_SHAPES, MAX_PARTS, DecodeCall, check_decode, fixed_slots
 
 host = importlib.import_module("flash_mla.backends.cuda.decode")  # `cuda.decode` is the function
-SOURCE = _build.KERNELS / "dense_decode.cu"
+SOURCES = {name: _build.KERNELS / f"{name}.cu" for name in ("dense_decode", "dense_decode_few")}
 PROGRAMMATIC = {6: (1, 0, 0)}  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 Plan = tuple[torch.Tensor, torch.Tensor]
 
@@ -60,7 +60,7 @@ class Recorded:
             self.run_decode(launch)
 
     def allocate(self, device: torch.device, size: int) -> torch.Tensor:
-        """In place of `_workspace`: bytes that are NaN as fp32, and kept."""
+        """In place of `_workspace`: bytes that are NaN as fp16 and as fp32, and kept."""
         self.workspaces.append(torch.full((size,), 255, dtype=torch.uint8, device=device))
         return self.workspaces[-1]
 
@@ -224,17 +224,24 @@ def test_maps_of_two_latent_heads(recorded: Recorded) -> None:
 
 
 @pytest.mark.parametrize(("block_size", "box_rows"), [(16, 16), (48, 16), (64, 64), (96, 32), (128, 64), (256, 64)])
+@pytest.mark.parametrize("num_heads", [7, 32, 40])
 @pytest.mark.parametrize("shape", LATENT_SHAPES, ids=str)
-def test_boxes(block_size: int, box_rows: int, shape: tuple[int, int], recorded: Recorded) -> None:
+def test_boxes(block_size: int, box_rows: int, num_heads: int, shape: tuple[int, int], recorded: Recorded) -> None:
     """A box stays in one page and in one unit. It holds every tile where a unit lies in one page and rows are whole
-    tiles; where 64 does not divide d_qk, the last tile reaches past the row and TMA fills it with zeros."""
+    tiles, or a third of them for a kernel of few rows; where 64 does not divide d_qk, the last tile reaches past the
+    row and TMA fills it with zeros."""
     rank, rope = shape
     recorded.computes = False
-    decode(small(Case("boxes", (300,), kv_lora_rank=rank, qk_rope_head_dim=rope, block_size=block_size)))
+    case = Case("boxes", (300,), num_heads, kv_lora_rank=rank, qk_rope_head_dim=rope, block_size=block_size)
+    decode(small(case))
     columns, tiles = (64, (rank + rope) // 64) if rope == 64 else (rank + rope, 1)
-    for map, rows in ((recorded.q_map(), 64), (recorded.kv_map(), box_rows)):
+    q_rows, kv_tiles = 64, tiles
+    if shape in host.FEW_SHAPES and num_heads <= 32:
+        q_rows, kv_tiles = (16 if num_heads <= 16 else 32), tiles // 3
+    boxes = (64, q_rows, tiles, 1, 1), (64, box_rows, kv_tiles if box_rows == 64 else 1, 1, 1)
+    for map, box in zip((recorded.q_map(), recorded.kv_map()), boxes, strict=True):
         assert (map.sizes[0], map.sizes[2]) == (columns, tiles)
-        assert map.box == (64, rows, tiles if rows == 64 else 1, 1, 1)
+        assert map.box == box
         assert (map.swizzle, map.l2_promotion) == (128, 128)
     (fields,) = recorded.decodes()
     assert (fields["block_size"], fields["box_rows"]) == (block_size, box_rows)
@@ -274,9 +281,9 @@ def test_launches(shape: tuple[int, int], dtype: torch.dtype, recorded: Recorded
     assert (main.stream, merge.stream, merge.shared_memory) == (0x500, 0x500, 0)
 
     (workspace,) = recorded.workspaces
-    o_bytes = 2 * 11 * 5 * 20 * rank * 4
-    assert workspace.numel() == o_bytes + 2 * 11 * 5 * 20 * 4 == host.workspace_bytes(on_hopper(problem), 11)
-    partial = {"o_partial": workspace.data_ptr(), "lse_partial": workspace.data_ptr() + o_bytes}
+    o_bytes = 2 * 11 * 5 * 20 * rank * 2
+    assert workspace.numel() == o_bytes + 2 * 11 * 5 * 20 * 3 * 4 == host.workspace_bytes(on_hopper(problem), 11)
+    partial = {"o_partial": workspace.data_ptr(), "partial_sums": workspace.data_ptr() + o_bytes}
     planned = {"items": items.data_ptr(), "splits": splits.data_ptr()}
     results = {"out": out.data_ptr(), "lse": lse.data_ptr()}
     (fields,) = recorded.decodes()
@@ -291,6 +298,7 @@ def test_launches(shape: tuple[int, int], dtype: torch.dtype, recorded: Recorded
         "table_stride_request": problem.block_table.shape[1],
         "table_stride_page": 1,
         "seqlens_stride": 1,
+        "batch": 3,
         "max_blocks": problem.block_table.shape[1],
         "seqlen_q": 5,
         "num_heads": 20,
@@ -315,6 +323,49 @@ def test_launches(shape: tuple[int, int], dtype: torch.dtype, recorded: Recorded
             "num_slots": 11,
         }
     ]
+
+
+# (seqlen_q, num_heads, h_kv) -> rows of the kernel's tile at 512 + 64.
+TILE_ROWS = {
+    (1, 1, 1): 16,
+    (1, 16, 1): 16,
+    (4, 4, 1): 16,
+    (2, 16, 2): 16,
+    (1, 17, 1): 32,
+    (2, 16, 1): 32,
+    (1, 64, 2): 32,
+    (1, 33, 1): 64,
+    (3, 11, 1): 64,
+    (2, 64, 1): 64,
+}
+
+
+@pytest.mark.parametrize(("seqlen_q", "num_heads", "h_kv"), TILE_ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_follows_the_rows_of_a_latent_head(
+    seqlen_q: int, num_heads: int, h_kv: int, dtype: torch.dtype, recorded: Recorded
+) -> None:
+    recorded.computes = dtype == torch.float16
+    rows = TILE_ROWS[seqlen_q, num_heads, h_kv]
+    case = Case("few", (300, 0, 5), num_heads, seqlen_q, h_kv, kv_lora_rank=512, qk_rope_head_dim=64)
+    problem = make(case, dtype, device="cpu")
+    result = decode(problem, plan_of(problem, 3))
+    (launch,) = recorded.launches("splitkv")
+    few, short = "" if rows == 64 else f"few{rows}_", {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    assert launch.kernel == f"flash_fwd_splitkv_mla_kernel_{few}{short}_512_64"
+    assert launch.shared_memory == (host.FEW_ROWS[rows] if few else host.SHARED_BYTES[512])
+    row_tiles = -(-seqlen_q * num_heads // h_kv // rows)
+    assert (launch.grid, launch.block) == ((3 * row_tiles * h_kv, 1, 1), (384, 1, 1))
+    if recorded.computes:
+        assert_right(problem, *result)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in LATENT_SHAPES if shape not in host.FEW_SHAPES], ids=str)
+def test_other_latents_have_one_kernel_for_any_rows(shape: tuple[int, int], recorded: Recorded) -> None:
+    rank, rope = shape
+    problem = small(Case("one head", (70,), num_heads=1, kv_lora_rank=rank, qk_rope_head_dim=rope))
+    assert_right(problem, *decode(problem))
+    assert recorded.launches("splitkv")[0].kernel == f"flash_fwd_splitkv_mla_kernel_fp16_{rank}_{rope}"
 
 
 def test_tables_and_lengths_with_strides(recorded: Recorded) -> None:
@@ -367,10 +418,10 @@ def test_no_requests(recorded: Recorded) -> None:
 
 # Form of the merge -> the rows that it is chosen for: the fewest, the most.
 ROWS_MERGED = {
-    "few": (1, host.FEW_ROWS),
-    "chunk": (host.FEW_ROWS + 1, host.CHUNK_ROWS),
-    "row": (host.CHUNK_ROWS + 1, host.WHOLE_ROWS),
-    "warp": (host.WHOLE_ROWS + 1, 4 * host.WHOLE_ROWS),
+    "columns64": (1, host.MERGED_BY_64),
+    "columns128": (host.MERGED_BY_64 + 1, host.MERGED_BY_128),
+    "row": (host.MERGED_BY_128 + 1, host.MERGED_BY_ROW),
+    "warp": (host.MERGED_BY_ROW + 1, 4 * host.MERGED_BY_ROW),
 }
 
 
@@ -470,7 +521,7 @@ def test_workspace_of_any_shape_is_bounded(recorded: Recorded) -> None:
             slots = host.num_slots(shaped)
             size = host.workspace_bytes(shaped, slots) if slots > 1 else 0
             largest = max(largest, size)
-    assert largest == 2 * NUM_SMS * 64 * 513 * 4 <= host.MAX_WORKSPACE
+    assert largest == 2 * NUM_SMS * 64 * (512 * 2 + 3 * 4) <= host.MAX_WORKSPACE
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -550,43 +601,65 @@ def test_params_are_those_of_the_device_code(
     assert_mirrors(tmp_path, "params.cuh", name, offsets, packed.size)
 
 
-def instantiations() -> list[tuple[str, int, int, int, bool]]:
-    """(name, kv_lora_rank, qk_rope_head_dim, stages, is_bf16) of every kernel in dense_decode.cu."""
-    pattern = r"^DECODE_KERNEL\((\w+), (\d+), (\d+), (\d+), (true|false)\)$"
-    found = re.findall(pattern, SOURCE.read_text().split("#else")[-1], re.MULTILINE)
-    return [(name, *map(int, numbers), is_bf16 == "true") for name, *numbers, is_bf16 in found]
+def instantiations(file: str) -> dict[str, tuple[str, ...]]:
+    """Name of every kernel in a decode kernel's file -> arguments of its Shape."""
+    found = re.findall(r"^DECODE_KERNEL\((\w+), ([^)]*)\)$", SOURCES[file].read_text(), re.MULTILINE)
+    return {name: tuple(arguments.split(", ")) for name, arguments in found}
 
 
 def test_every_latent_shape_has_its_kernels() -> None:
-    wanted = [
-        (f"{dtype}_{rank}_{rope}", rank, rope, host.STAGES[rank], dtype == "bf16")
+    assert instantiations("dense_decode") == {
+        f"{dtype}_{rank}_{rope}": (str(rank), str(rope), str(host.STAGES[rank]), str(dtype == "bf16").lower())
         for rank, rope in LATENT_SHAPES
         for dtype in host.DTYPES.values()
-    ]
-    assert sorted(instantiations()) == sorted(wanted)
+    }
 
 
-def test_shared_memory_is_that_of_the_device_code(tmp_path: Path) -> None:
+def test_every_number_of_few_rows_has_its_kernels() -> None:
+    found = instantiations("dense_decode_few")
+    assert {(name, arguments[0], arguments[-1]) for name, arguments in found.items()} == {
+        (f"few{rows}_{dtype}_{rank}_{rope}", str(rows), str(dtype == "bf16").lower())
+        for rank, rope in host.FEW_SHAPES
+        for rows in host.FEW_ROWS
+        for dtype in host.DTYPES.values()
+    }
+    assert list(host.FEW_ROWS) == sorted(host.FEW_ROWS), "the first that holds the rows is taken"
+
+
+def shared_bytes(kernel: str) -> int:
+    if kernel.startswith("few"):
+        return host.FEW_ROWS[int(kernel.split("_")[0].removeprefix("few"))]
+    return host.SHARED_BYTES[int(kernel.split("_")[1])]
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_shared_memory_is_that_of_the_device_code(file: str, tmp_path: Path) -> None:
     """The device code's own compiler tells sizeof(Shared) of every shape."""
-    for file in _build.KERNELS.glob("*.cuh"):
-        shutil.copy(file, tmp_path)
-    text = SOURCE.read_text().partition("#define DECODE_KERNEL")[0]
-    for _, rank, rope, stages, is_bf16 in instantiations():
-        shape = f"Shape<{rank}, {rope}, {stages}, {str(is_bf16).lower()}>"
-        text += f"static_assert(sizeof(Shared<{shape}>) == {host.SHARED_BYTES[rank]});\n"
+    for header in _build.KERNELS.glob("*.cuh"):
+        shutil.copy(header, tmp_path)
+    text = SOURCES[file].read_text().partition("#define DECODE_KERNEL")[0]
+    for name, arguments in instantiations(file).items():
+        text += f"static_assert(sizeof(Shared<Shape<{', '.join(arguments)}>>) == {shared_bytes(name)});\n"
     (tmp_path / "probe.cu").write_text(text + 'extern "C" __global__ void probe() {}')
     _build.build(["probe"], kernels=tmp_path, out=tmp_path / "out", lax=True)
 
 
 def test_constants_are_those_of_the_device_code() -> None:
-    def constants(file: str) -> dict[str, str]:
-        return dict(re.findall(r"^constexpr int (\w+) = ([^;]+);", (_build.KERNELS / file).read_text(), re.MULTILINE))
+    def constants(*files: str) -> dict[str, str]:
+        text = "".join((_build.KERNELS / file).read_text() for file in files)
+        return dict(re.findall(r"^constexpr int (\w+) = ([^;]+);", text, re.MULTILINE))
 
-    decode_constants, combine_constants = constants("dense_decode.cu"), constants("combine.cu")
+    decode_constants = constants("item.cuh", "dense_decode.cu")
+    few_constants, combine_constants = constants("item.cuh", "dense_decode_few.cu"), constants("combine.cu")
     assert int(decode_constants["BLOCK_M"]) == host.ROW_TILE
-    assert int(decode_constants["BLOCK_N"]) == host.PLAN_BLOCK
-    assert int(decode_constants["TILE_COLUMNS"]) == host.TILE_COLUMNS
-    threads = eval(decode_constants["NUM_THREADS"], {"WARPGROUP": int(decode_constants["WARPGROUP"])})
-    assert threads == host.THREADS
-    for name in ("FEW_THREADS", "ROW_THREADS", "WARP_THREADS"):
+    for these in (decode_constants, few_constants):
+        assert int(these["BLOCK_N"]) == host.PLAN_BLOCK
+        assert int(these["TILE_COLUMNS"]) == host.TILE_COLUMNS
+        assert eval(these["NUM_THREADS"], {"WARPGROUP": int(these["WARPGROUP"])}) == host.THREADS
+    assert int(few_constants["SLOT_TILES"]) == host.FEW_BOX_TILES
+    assert [int(few_constants["KV_LORA_RANK"])] == [rank for rank, _ in host.FEW_SHAPES]
+    for name in ("ROW_THREADS", "WARP_THREADS"):
         assert int(combine_constants[name]) == getattr(host, name)
+    layouts = (_build.KERNELS / "partial.cuh").read_text()
+    scales = dict(re.findall(r"^struct (\w+)Layout \{\n  static constexpr int SCALES = (\d+);", layouts, re.MULTILINE))
+    assert scales == {"Tile": str(host.TILE_SCALES), "Few": str(host.FEW_SCALES)}

@@ -15,6 +15,7 @@ BUILT_AROUND: dict[str, set[str]] = {
     "append": {"LDG", "STG"},
     "combine": {"LDG", "STG"},
     "dense_decode": {"HGMMA", "UTMALDG"},
+    "dense_decode_few": {"HGMMA", "UTMALDG"},
     "plan": {"LDG", "STG"},
 }
 
@@ -57,9 +58,37 @@ def test_decode_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -
         count = Counter(instructions)
         assert count["LDSM.16.M88.4"] == min(steps, 31), kernel
         assert count["STSM.16.M88.4"] == 4, kernel
-        # Registers change hands, and nothing is read before the launches ahead have ended.
-        assert (count["USETMAXREG.TRY_ALLOC.CTAPOOL"], count["USETMAXREG.DEALLOC.CTAPOOL"]) == (1, 2), kernel
-        assert instructions.index("ACQBULK") < next(i for i, name in enumerate(instructions) if "LDG" in name), kernel
+        assert_roles(kernel, instructions, takers=1, givers=2)
+
+
+def test_decode_of_few_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Both consumers run the same code. Per unit: a step of S for every 16 of 576 columns; four of O for every 64 of
+    512, each 64 wide and as narrow as the rows. P is stored transposed, 16 rows at a time, in two places: with the
+    reference that there was, and again where that had to rise."""
+    found = 0
+    for file, kernel, instructions in shipped():
+        if file != "dense_decode_few":
+            continue
+        form, dtype, rank, rope = kernel.split("_")[-4:]
+        rows, suffix = int(form.removeprefix("few")), ".BF16" if dtype == "bf16" else ""
+        steps = (int(rank) + int(rope)) // 16 + int(rank) // 64 * 4
+        wanted = {f"HGMMA.64x{rows}x16.F32{suffix}": steps}
+        assert Counter(name for name in instructions if name.startswith("HGMMA")) == wanted, kernel
+        stores = Counter(name for name in instructions if name.startswith("STSM"))
+        assert stores == {"STSM.16.MT88.4": 2 * rows // 16}, kernel
+        assert_roles(kernel, instructions, takers=1, givers=1)
+        found += 1
+    assert found == 4
+
+
+def assert_roles(kernel: str, instructions: list[str], takers: int, givers: int) -> None:
+    """Registers change hands, and nothing is read before the launches ahead have ended."""
+    count = Counter(instructions)
+    changes = (count["USETMAXREG.TRY_ALLOC.CTAPOOL"], count["USETMAXREG.DEALLOC.CTAPOOL"])
+    assert changes == (takers, givers), kernel
+    reads = [i for i, name in enumerate(instructions) if name.startswith(("LDG", "UTMALDG"))]
+    assert count["ACQBULK"] == 1, kernel
+    assert instructions.index("ACQBULK") < min(reads), kernel
 
 
 def test_merges_wait_for_decode_before_they_read_its_results() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from dataclasses import dataclass
 
 import torch
 
@@ -28,13 +29,16 @@ TILE_COLUMNS = 64
 MAX_WORKSPACE = 64 * 2**20  # bytes
 # sizeof(Shared) of kernels/dense_decode.cu, rounded up to its alignment: a test compares.
 SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
+# Up to this many query rows per latent head, kernels/dense_decode_few.cu: rows of its kernels -> sizeof(Shared).
+FEW_ROWS = {16: 230400, 32: 229376}
+FEW_SHAPES = ((512, 64),)
+FEW_BOX_TILES = 3  # a box is a third of a unit
+TILE_SCALES, FEW_SCALES = 2, 8  # TileLayout::SCALES and FewLayout::SCALES of kernels/partial.cuh
 LOG2_E = math.log2(math.e)
-# How rows are merged: few of them by a CTA per row and 128 columns, more by a CTA per row, many by a warp per row. The
-# limits are what an H200's 132 SMs hold at once: two CTAs of 512 threads or four of 256 each.
-FEW_ROWS, CHUNK_ROWS, WHOLE_ROWS = 66, 132, 528
-FEW_THREADS, ROW_THREADS, WARP_THREADS = 512, 256, 128
-MERGED_COLUMNS = 128
-MAX_PARTS = 1024
+# How rows are merged, by their number: a CTA of 256 threads per row and 64 columns, 128, or all; beyond that a warp per
+# row. Up to these numbers there are 528 CTAs or fewer at 512 columns: four for each of an H200's 132 SMs, one wave.
+MERGED_BY_64, MERGED_BY_128, MERGED_BY_ROW = 66, 132, 528
+ROW_THREADS, WARP_THREADS = 256, 128
 
 
 class _PerThread(threading.local):
@@ -110,12 +114,12 @@ def num_slots(call: DecodeCall) -> int:
 
 
 def workspace_bytes(call: DecodeCall, slots: int) -> int:
-    """Bytes of partial results: two per slot, each a row of kv_lora_rank + 1 fp32 per query row.
+    """Bytes of partial results: two per slot, each kv_lora_rank fp16, a log-sum and the fp32 scales per query row.
 
-    From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 2,052 bytes (33 MiB)
+    From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 1,036 bytes (17 MiB)
     on an H200.
     """
-    return 2 * slots * call.seqlen_q * call.num_heads * (call.kv_lora_rank + 1) * 4
+    return 2 * slots * call.seqlen_q * call.num_heads * (2 * call.kv_lora_rank + 4 * (1 + _form(call).scales))
 
 
 def _workspace(device: torch.device, size: int) -> torch.Tensor:
@@ -148,17 +152,46 @@ def _walkable(q: torch.Tensor, h_kv: int) -> torch.Tensor:
     return rows.transpose(1, 2)
 
 
-def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int) -> bytes:
-    """The map of `[outer, rows, heads, d_qk]`: boxes of `box_rows` rows x 64 columns x 1 tile, or x all of them.
+@dataclass(frozen=True)
+class _Form:
+    """A kernel, what its boxes hold (query rows, and tiles of 64 columns of a whole unit's rows), and how its partial
+    results are merged."""
 
-    Where 64 divides d_qk, its tiles of 64 columns are a dimension of their own, and a box of 64 rows holds them all.
+    file: str
+    name: str
+    shared_bytes: int
+    q_rows: int
+    kv_tiles: int
+    scales: int  # per row of a partial result: SCALES of its layout in kernels/partial.cuh
+    merge: str  # suffix of the kernels that merge them
+
+
+def _form(call: DecodeCall) -> _Form:
+    """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
+    shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    suffix = f"{DTYPES[call.dtype]}_{call.kv_lora_rank}_{call.qk_rope_head_dim}"
+    for rows, shared_bytes in FEW_ROWS.items():
+        if call.rows <= rows and shape in FEW_SHAPES:
+            name = f"flash_fwd_splitkv_mla_kernel_few{rows}_{suffix}"
+            merge = f"few_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
+            return _Form("dense_decode_few", name, shared_bytes, rows, FEW_BOX_TILES, FEW_SCALES, merge)
+    name = f"flash_fwd_splitkv_mla_kernel_{suffix}"
+    tiles = -(-sum(shape) // TILE_COLUMNS)
+    merge = f"{DTYPES[call.dtype]}_{call.kv_lora_rank}"
+    return _Form("dense_decode", name, SHARED_BYTES[call.kv_lora_rank], ROW_TILE, tiles, TILE_SCALES, merge)
+
+
+def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int, box_tiles: int) -> bytes:
+    """The map of `[outer, rows, heads, d_qk]`: boxes of `box_rows` rows x `box_tiles` tiles of 64 columns.
+
+    Where 64 divides d_qk, its tiles of 64 columns are a dimension of their own; else a box is one tile.
     """
     outer, num_rows, heads, d_qk = tensor.shape
     size = tensor.element_size()
     # The stride of a dimension of one element is never walked: anything valid.
     strides = [tensor.stride(dim) * size if tensor.shape[dim] > 1 else d_qk * size for dim in (1, 2, 0)]
     tiles = -(-d_qk // TILE_COLUMNS)
-    columns, box_tiles = TILE_COLUMNS, tiles if box_rows == ROW_TILE else 1
+    columns = TILE_COLUMNS
     if d_qk % TILE_COLUMNS:
         columns, tiles, box_tiles = d_qk, 1, 1
     # 128 bytes into L2 at a time: rows are 1,152 bytes = 4.5 x 256, so promotion to 256 would read a half too much.
@@ -205,24 +238,23 @@ def decode(
     row_tiles, tiles = _tiles(call)
     slots = items.shape[0] - call.batch
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
-    q_map = _tensor_map(call, rows, ROW_TILE)
-    kv_map = _tensor_map(call, kv_cache, box_rows)
+    form = _form(call)
+    q_map = _tensor_map(call, rows, form.q_rows, -(-q.shape[3] // TILE_COLUMNS))
+    # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
+    kv_map = _tensor_map(call, kv_cache, box_rows, form.kv_tiles if box_rows == PLAN_BLOCK else 1)
     # With one slot nothing can be cut.
     may_cut = slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
     pieces = _pieces(call, slots) if may_cut else [(0, call.batch, 0, slots)]
-    o_partial = lse_partial = 0
+    o_partial = partial_sums = 0
     if may_cut:
         most = max(piece_slots for *_, piece_slots in pieces)
         workspace = _workspace(device, workspace_bytes(call, most))
         o_partial = workspace.data_ptr()
-        lse_partial = o_partial + 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 4
-    dtype = DTYPES[call.dtype]
-    shared_bytes = SHARED_BYTES[call.kv_lora_rank]
-    name = f"flash_fwd_splitkv_mla_kernel_{dtype}_{call.kv_lora_rank}_{call.qk_rope_head_dim}"
-    kernel = driver.function(device_index, "dense_decode", name, shared_bytes)
+        partial_sums = o_partial + 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 2
+    kernel = driver.function(device_index, form.file, form.name, form.shared_bytes)
     for first_request, num_requests, first_slot, piece_slots in pieces:
-        pointers = (out.data_ptr(), lse.data_ptr(), o_partial, lse_partial)
+        pointers = (out.data_ptr(), lse.data_ptr(), o_partial, partial_sums)
         DECODE.pack_into(
             _thread.decode,
             0,
@@ -236,6 +268,7 @@ def decode(
             *block_table.stride(),
             cache_seqlens.stride(0),
             softmax_scale * LOG2_E,
+            call.batch,
             call.max_blocks,
             call.seqlen_q,
             call.num_heads,
@@ -248,7 +281,7 @@ def decode(
             call.causal and call.seqlen_q > 1,
         )
         grid = (piece_slots * tiles, 1, 1)
-        driver.launch(device_index, kernel, grid, THREADS, shared_bytes, stream, _thread.decode, programmatic=True)
+        driver.launch(device_index, kernel, grid, THREADS, form.shared_bytes, stream, _thread.decode, programmatic=True)
         if may_cut:
             offsets = (first_request, first_slot)
             _combine(call, pointers, items, splits, num_requests, piece_slots, offsets, stream)
@@ -287,17 +320,19 @@ def _combine(
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    if slots > MAX_PARTS:  # more than combine_row has room for; no plan for a device of fewer SMs
-        form, grid, threads = "warp", (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
-    elif groups * rows <= FEW_ROWS:
-        form, grid, threads = "few", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), FEW_THREADS
-    elif groups * rows <= CHUNK_ROWS:
-        form, grid, threads = "chunk", (groups, rows, call.kv_lora_rank // MERGED_COLUMNS), ROW_THREADS
-    elif groups * rows <= WHOLE_ROWS and slots != fixed_slots(num_requests):
-        # Not for a deterministic plan: it adds the parts in another order than the others.
-        form, grid, threads = "row", (groups, rows, 1), ROW_THREADS
+    if slots == fixed_slots(num_requests):
+        form = "warp"  # a deterministic plan's: the others add the parts in another order
+    elif groups * rows <= MERGED_BY_64:
+        form, grid = "columns64", (groups, rows, call.kv_lora_rank // 64)
+    elif groups * rows <= MERGED_BY_128:
+        form, grid = "columns128", (groups, rows, call.kv_lora_rank // 128)
+    elif groups * rows <= MERGED_BY_ROW:
+        form, grid = "row", (groups, rows, 1)
     else:
-        form, grid, threads = "warp", (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
+        form = "warp"
+    threads = ROW_THREADS
+    if form == "warp":
+        grid, threads = (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
     COMBINE.pack_into(
         _thread.combine,
         0,
@@ -310,6 +345,6 @@ def _combine(
         call.num_heads,
         slots,
     )
-    name = f"flash_fwd_mla_combine_kernel_{form}_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
+    name = f"flash_fwd_mla_combine_kernel_{form}_{_form(call).merge}"
     kernel = driver.function(call.device_index, "combine", name)
     driver.launch(call.device_index, kernel, grid, threads, 0, stream, _thread.combine, programmatic=True)

@@ -1,0 +1,53 @@
+// Partial results of cut requests, as the decode kernels leave them and the merge finds them.
+//
+// A row's columns are fp16, in units of a power of two above the largest magnitude among the columns that share it: 11
+// bits near that, three more than bf16 has, in half the memory of fp32. (Where 132 SMs share one request of 128 heads,
+// fp32 took 4 us to write and 4 to read.) They lie in the order in which a thread of the writing kernel has them in its
+// accumulators, so that it stores 8 or 16 bytes at a time without asking its neighbours.
+#pragma once
+
+#include "params.cuh"
+
+constexpr int VECTOR = 8;  // columns that a thread stores or loads at a time: 16 bytes
+
+// Written by dense_decode.cu: each half of the columns by a warpgroup, 16 columns by four lanes.
+struct TileLayout {
+  static constexpr int SCALES = 2;  // per row
+  // Column of position `position` of a row, of which KV_LORA_RANK / SCALES share a scale.
+  template <int KV_LORA_RANK>
+  static __device__ __forceinline__ constexpr int column(int position) {
+    const int lane = position / 4 % 4, i = position % 4;
+    return position / 16 * 16 + i / 2 * 8 + lane * 2 + i % 2;
+  }
+  // The positions of columns 2 * pair and 2 * pair + 1, counted as positions are, are this one and DISTANCE further on.
+  static constexpr int DISTANCE = 1;
+  static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
+};
+
+// Written by dense_decode_few.cu: each half of the columns by a warpgroup, 16 of each tile of 64 by a warp.
+struct FewLayout {
+  static constexpr int SCALES = 8;
+  template <int KV_LORA_RANK>
+  static __device__ __forceinline__ constexpr int column(int position) {
+    constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;
+    const int half = position / HALF_COLUMNS, warp = position % HALF_COLUMNS / 64;
+    const int lane = position % 64 / VECTOR, i = position % VECTOR;
+    return half * HALF_COLUMNS + i / 2 * 64 + warp * 16 + i % 2 * 8 + lane;
+  }
+  static constexpr int DISTANCE = VECTOR;
+  static __device__ __forceinline__ constexpr int pair_position(int pair) {
+    return pair / VECTOR * (2 * VECTOR) + pair % VECTOR;
+  }
+};
+
+// The unit for columns of magnitudes up to `top`, and one over it. Within fp32's normal range, also for 0, infinity and
+// NaN.
+struct PartialScale {
+  float unit;
+  float inverse;
+};
+
+__device__ __forceinline__ PartialScale partial_scale(float top) {
+  const int exponent = min(max(__float_as_int(top) >> 23 & 255, 1), 252) + 1;
+  return {__int_as_float(exponent << 23), __int_as_float((254 - exponent) << 23)};
+}
