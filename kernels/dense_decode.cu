@@ -597,8 +597,6 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   static_assert(sizeof(Shared<S>) <= SHARED_LIMIT);
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
   if (threadIdx.x == 0) {
-    prefetch_tensormap(params.q_map);
-    prefetch_tensormap(params.kv_map);
     for (int slot = 0; slot < S::STAGES; ++slot) {
       mbarrier_init(shared.full[slot], 1);
       mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup

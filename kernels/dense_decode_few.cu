@@ -533,45 +533,66 @@ __device__ __forceinline__ void store_part(const DecodeParams& params, const Cta
   }
 }
 
-// Adds both consumers' O, each its own half of the columns, and stores it: consumer CONSUMER gets from the other what
-// that has of its half.
+// Leaves for the other consumer what consumer CONSUMER has of its half of the columns: 16 rows from `first_row` on.
 template <class S, int CONSUMER>
+__device__ __forceinline__ void give(Shared<S>& shared, const Result<S>& result, int first_row,
+                                     const float (&factor)[S::COLUMNS]) {
+  constexpr int OTHERS = (1 - CONSUMER) * HALF_TILES;
+  const int first = first_row / 2;  // accumulator
+#pragma unroll
+  for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
+    const float* four = &result.o[OTHERS + i / 2][first + i % 2 * 4];
+    const float* by = &factor[column_of(first + i % 2 * 4)];
+    shared.exchange[1 - CONSUMER].taken[i][thread_index() % WARPGROUP] =
+        make_float4(four[0] * by[0], four[1] * by[1], four[2] * by[0], four[3] * by[1]);
+  }
+}
+
+// Adds what the other one left to consumer CONSUMER's own half of the columns, and stores it.
+template <class S, int CONSUMER>
+__device__ __forceinline__ void take(const DecodeParams& params, Shared<S>& shared, const Cta& cta, const Item& item,
+                                     const Result<S>& result, int first_row, const float (&factor)[S::COLUMNS],
+                                     const int (&place)[S::COLUMNS]) {
+  constexpr int OWN = CONSUMER * HALF_TILES;
+  const int first = first_row / 2;
+  float o[HALF_TILES][STAGED_ROWS / 2];
+#pragma unroll
+  for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
+    const float4 four = shared.exchange[CONSUMER].taken[i][thread_index() % WARPGROUP];
+    const float others[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int at = i % 2 * 4 + k;
+      o[i / 2][at] = __fadd_rn(others[k], __fmul_rn(result.o[OWN + i / 2][first + at], factor[column_of(first + at)]));
+    }
+  }
+  if (item.is_whole) {
+    store_whole<S>(params, shared, item, CONSUMER, first_row, o);
+  } else {
+    store_part<S>(params, cta, item, CONSUMER, first_row, place, o);
+  }
+}
+
+template <class S>
 __device__ __forceinline__ void store_result(const DecodeParams& params, Shared<S>& shared, const Cta& cta,
-                                             const Item& item, const Result<S>& result,
+                                             const Item& item, int consumer, const Result<S>& result,
                                              const int (&place)[S::COLUMNS]) {
-  constexpr int OWN = CONSUMER * HALF_TILES, OTHERS = HALF_TILES - OWN;
-  const int thread = thread_index() % WARPGROUP;
   float factor[S::COLUMNS];
 #pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) factor[i] = shared.factor[CONSUMER][column_row(i)];
+  for (int i = 0; i < S::COLUMNS; ++i) factor[i] = shared.factor[consumer][column_row(i)];
 #pragma unroll
   for (int first_row = 0; first_row < S::ROWS; first_row += STAGED_ROWS) {
-    const int first = first_row / 2;                                   // accumulator
     if (first_row > 0) bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);  // both have stored the 16 rows before
-#pragma unroll
-    for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
-      const float* four = &result.o[OTHERS + i / 2][first + i % 2 * 4];
-      const float* by = &factor[column_of(first + i % 2 * 4)];
-      shared.exchange[1 - CONSUMER].taken[i][thread] =
-          make_float4(four[0] * by[0], four[1] * by[1], four[2] * by[0], four[3] * by[1]);
-    }
-    bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
-    float o[HALF_TILES][STAGED_ROWS / 2];
-#pragma unroll
-    for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
-      const float4 four = shared.exchange[CONSUMER].taken[i][thread];
-      const float others[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int at = i % 2 * 4 + k;
-        o[i / 2][at] =
-            __fadd_rn(others[k], __fmul_rn(result.o[OWN + i / 2][first + at], factor[column_of(first + at)]));
-      }
-    }
-    if (item.is_whole) {
-      store_whole<S>(params, shared, item, CONSUMER, first_row, o);
+    if (consumer == 0) {
+      give<S, 0>(shared, result, first_row, factor);
     } else {
-      store_part<S>(params, cta, item, CONSUMER, first_row, place, o);
+      give<S, 1>(shared, result, first_row, factor);
+    }
+    bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);  // one instruction for both: compute-sanitizer asks for that
+    if (consumer == 0) {
+      take<S, 0>(params, shared, cta, item, result, first_row, factor, place);
+    } else {
+      take<S, 1>(params, shared, cta, item, result, first_row, factor, place);
     }
   }
 }
@@ -615,11 +636,7 @@ __device__ __forceinline__ void consumer_role(const DecodeParams& params, Shared
       turn ^= item.num_units & 1;
     }
     merge_sums<S>(params, shared, cta, item, consumer, result);
-    if (consumer == 0) {
-      store_result<S, 0>(params, shared, cta, item, result, place);
-    } else {
-      store_result<S, 1>(params, shared, cta, item, result, place);
-    }
+    store_result<S>(params, shared, cta, item, consumer, result, place);
     plan_row = item.next;
   }
 }
@@ -632,8 +649,6 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
   const Cta cta = {(int)blockIdx.x / params.tiles, (int)blockIdx.x % params.tiles, 0};
   if (threadIdx.x == 0) {
-    prefetch_tensormap(params.kv_map);
-    prefetch_tensormap(params.q_map);
     for (int slot = 0; slot < S::STAGES; ++slot) {
       for (int consumer = 0; consumer < CONSUMERS; ++consumer) mbarrier_init(shared.full[consumer][slot], 1);
       mbarrier_init(shared.empty[slot], WARPGROUP / 32);  // warps of the unit's consumer

@@ -68,10 +68,6 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Box at {column, row, tile, head, outer}; elements outside the tensor arrive as zeros and count as bytes.
 __device__ __forceinline__ void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row,
                                             int tile, int head, int outer) {

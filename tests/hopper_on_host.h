@@ -236,8 +236,6 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128);
 
-inline void prefetch_tensormap(const TensorMap&) {}
-
 inline void load_box(void* target, const TensorMap& map, uint64_t& barrier, const int (&start)[5]) {
   uint32_t address = shared_address(target);
   if (address % 128 || map.box[0] != 64) is_stuck = true;

@@ -19,7 +19,18 @@ from typer.testing import CliRunner
 from flash_mla import ops
 from flash_mla.bench import check, figures, roofline
 from flash_mla.bench import kernel as bench_kernel
-from flash_mla.bench.figures import CLASSES, SHAPES, Ceilings, DecodeShape, Result, compare, read_anchors, work_of
+from flash_mla.bench.check import WrongResultError
+from flash_mla.bench.figures import (
+    CLASSES,
+    SHAPES,
+    AppendFigure,
+    Ceilings,
+    DecodeShape,
+    Result,
+    compare,
+    read_anchors,
+    work_of,
+)
 from flash_mla.cli import app as cli_app
 from flash_mla.cli.app import app
 from flash_mla.contract import UnsupportedError
@@ -414,6 +425,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
     monkeypatch.setattr(bench_kernel, "time_shape", time_shape)
     monkeypatch.setattr(bench_kernel, "measure_ceilings", lambda timing: CEILINGS)
+    monkeypatch.setattr(
+        bench_kernel, "time_append", lambda dtype, timing, *shape: AppendFigure("torch", 1000, 576, 1e-3)
+    )
     monkeypatch.setattr(cli_app, "_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -438,6 +452,8 @@ def test_every_anchor_is_in_the_table_with_its_loss(tmp_path: Path) -> None:
     assert "0.16 faster" in next(line for line in text.splitlines() if "│ b1 q1 k4096 h16" in line)
     assert next(entry for entry in report["summary"] if entry["class"] == "all")["over_floor"] == 2.0
     assert "not measured: b128 q2 k4096 h128 varlen, torch: no backend accepts this call" in text
+    assert "append, torch: 1,000 rows of 576 bytes in 0.0010 ms, 1.15 TB/s read and written" in text
+    assert report["append"] == {"backend": "torch", "tokens": 1000, "row_bytes": 576, "ms": 1e-3, "TBps": 1.152}
 
 
 @pytest.mark.usefixtures("timed")
@@ -461,7 +477,8 @@ def test_flags_reach_the_clock(timed: list[tuple[object, ...]], tmp_path: Path) 
     out = tmp_path / "deep" / "one.json"
     shape = ("--batch", 3, "--seqlen-k", 1000, "--num-heads", 20, "--kv-lora-rank", 256, "--qk-rope-head-dim", 32)
     clock = ("--rounds", 6, "--burst", 0.2, "--pause", 0, "--sustained", 1.5, "--no-cold", "--deterministic", "--check")
-    text = run(*shape, *clock, "--out", out)
+    text = run(*shape, *clock, "--no-append", "--out", out)
+    assert "append" not in text
     wanted = DecodeShape(3, 1, 1000, 20, False, 256, 32)
     timing = bench_kernel.Timing(rounds=6, burst_s=0.2, pause_s=0.0, sustained_s=1.5, cold=False)
     assert timed == [(wanted, [None], torch.bfloat16, timing, True, True)]
@@ -579,6 +596,41 @@ def test_a_wrong_result_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     results, failed = bench_kernel.time_shape(GPU_SHAPE, ["triton"], timing=SHORT, check=True)
     assert results == []
     assert "wrong result: relative error 1.0" in failed[f"{GPU_SHAPE.name}, triton"]
+
+
+@pytest.fixture
+def append_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append is run once, and said to take 2 ms: 15 tokens of 1,152 bytes."""
+    monkeypatch.setattr(bench_kernel, "APPEND_BATCH", 3)
+    monkeypatch.setattr(bench_kernel, "APPEND_TOKENS", 5)
+    monkeypatch.setattr(bench_kernel, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench_kernel, "CallGraph", lambda calls: types.SimpleNamespace(burst=lambda seconds: 2.0))
+
+
+@pytest.mark.usefixtures("append_on_cpu")
+def test_append_moves_every_row_twice() -> None:
+    figure = bench_kernel.time_append(timing=bench_kernel.Timing(rounds=1, pause_s=0))
+    assert figure == AppendFigure("torch", 15, 1152, 2.0)
+    assert figure.TBps == pytest.approx(2 * 15 * 1152 / 2e-3 / 1e12)
+
+
+@pytest.mark.usefixtures("append_on_cpu")
+@pytest.mark.parametrize("fault", ["not written", "in another slot"])
+def test_an_append_that_writes_elsewhere_is_no_figure(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor) -> None:
+        target = kv_cache.clone() if fault == "not written" else kv_cache
+        ops.append(target, latent, k_rope, slots.flip(0) if fault == "in another slot" else slots)
+
+    monkeypatch.setattr(bench_kernel, "append", append)
+    with pytest.raises(WrongResultError, match="not the one that was sent"):
+        bench_kernel.time_append()
+
+
+@needs_gpu
+def test_append_is_timed() -> None:
+    figure = bench_kernel.time_append(timing=SHORT)
+    assert (figure.tokens, figure.row_bytes) == (131072, 1152)
+    assert 0.1 < figure.TBps < 100
 
 
 @needs_gpu

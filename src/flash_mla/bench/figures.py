@@ -21,6 +21,7 @@ __all__ = [
     "SHAPES",
     "Anchor",
     "Anchors",
+    "AppendFigure",
     "Ceilings",
     "DecodeShape",
     "Result",
@@ -161,6 +162,21 @@ class Ceilings:
         """Time x the ceiling that bounds it: GB for "mem", GFLOP for "flop". Of runs on two devices, or on one that
         was hot and cool, the products compare."""
         return ms * (self.read_TBps if bound == "mem" else self.matmul_bf16_TFLOPs)
+
+
+@dataclass(frozen=True)
+class AppendFigure:
+    """What writing new tokens into their pages takes: each row is read once and written once, at a slot of its own."""
+
+    backend: str
+    tokens: int
+    row_bytes: int
+    ms: float
+
+    @property
+    def TBps(self) -> float:
+        """Bytes read and written over time, as a copy's are counted."""
+        return 2 * self.tokens * self.row_bytes / self.ms / 1e9
 
 
 def spread(figures: Sequence[float]) -> float:

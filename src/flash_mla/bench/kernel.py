@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ..contract import UnsupportedError
-from ..ops import SplitPlan, backend_counts, decode, plan_splits
+from ..ops import SplitPlan, append, backend_counts, decode, plan_splits
 from .check import WrongResultError, check_outputs
-from .figures import Ceilings, DecodeShape, Result, work_of
+from .figures import AppendFigure, Ceilings, DecodeShape, Result, work_of
 
 __all__ = [
     "CallGraph",
@@ -31,6 +31,7 @@ __all__ = [
     "in_turns",
     "make_inputs",
     "measure_ceilings",
+    "time_append",
     "time_cold",
     "time_shape",
 ]
@@ -39,6 +40,8 @@ __all__ = [
 ROTATION_BYTES = 240 * 10**6
 # Bytes written between two cold calls; four times the same L2.
 FLUSH_BYTES = 240 * 10**6
+# Requests and new tokens of each that append is timed with: 151 MB of rows, more than an L2 holds.
+APPEND_BATCH, APPEND_TOKENS = 128, 1024
 # Calls and milliseconds that a graph has at least, so that its own start (about 2 µs) is lost among them, and
 # milliseconds beyond which calls are not repeated, so that a burst has replays enough for a median.
 GRAPH_CALLS, GRAPH_MS, GRAPH_MAX_MS = 8, 0.5, 4.0
@@ -306,6 +309,34 @@ def time_shape(
         for name, variant in variants.items()
     ]
     return results, failed
+
+
+def time_append(
+    dtype: torch.dtype = torch.bfloat16,
+    timing: Timing | None = None,
+    kv_lora_rank: int = 512,
+    qk_rope_head_dim: int = 64,
+    block_size: int = 64,
+) -> AppendFigure:
+    """Time `append` of APPEND_BATCH x APPEND_TOKENS new rows, in random order, to the pages of a pool.
+
+    Raises: WrongResultError: a row did not arrive where its slot says.
+    """
+    timing = timing or Timing()
+    device = _device()
+    tokens, d_qk = APPEND_BATCH * APPEND_TOKENS, kv_lora_rank + qk_rope_head_dim
+    new = torch.randn(APPEND_BATCH, APPEND_TOKENS, 1, d_qk, dtype=dtype, device=device)
+    latent, k_rope = (part.contiguous() for part in new.split((kv_lora_rank, qk_rope_head_dim), dim=-1))
+    kv_cache = torch.zeros(-(-tokens // block_size), block_size, 1, d_qk, dtype=dtype, device=device)
+    slots = torch.randperm(tokens, device=device).view(APPEND_BATCH, APPEND_TOKENS)
+    before = backend_counts()
+    append(kv_cache, latent, k_rope, slots)  # compiles
+    ran = next(key[1] for key, count in backend_counts().items() if key[0] == "append" and count > before.get(key, 0))
+    if not torch.equal(kv_cache.view(-1, d_qk)[slots.flatten()], new.view(-1, d_qk)):
+        raise WrongResultError("append: a row of the pool is not the one that was sent to its slot")
+    graph = CallGraph([lambda: append(kv_cache, latent, k_rope, slots)])
+    rounds = in_turns({"append": partial(graph.burst, timing.burst_s)}, timing.rounds, timing.pause_s)
+    return AppendFigure(ran, tokens, d_qk * dtype.itemsize, statistics.median(rounds["append"]))
 
 
 def measure_ceilings(timing: Timing | None = None) -> Ceilings:

@@ -77,6 +77,7 @@ def kernel(
     sustained: Annotated[float, typer.Option(min=0, help="Also one burst of so many seconds; 0: none.")] = 0,
     cold: Annotated[bool, typer.Option(help="Also time single calls after an L2 flush.")] = True,
     ceilings: Annotated[bool, typer.Option(help="Measure copy, read and matmul rates in the same run.")] = True,
+    append: Annotated[bool, typer.Option(help="Also time writing new tokens into their pages.")] = True,
     check: Annotated[
         bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
     ] = None,
@@ -110,6 +111,7 @@ def kernel(
     timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
     head = machine(where)
     at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+    appended = bench_kernel.time_append(kind, timing, kv_lora_rank, qk_rope_head_dim, block_size) if append else None
     results, failed = [], dict[str, str]()
     for shape in shapes:
         torch.cuda.empty_cache()
@@ -134,6 +136,11 @@ def kernel(
             f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
             f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
         )
+    if appended is not None:
+        typer.echo(
+            f"append, {appended.backend}: {appended.tokens:,} rows of {appended.row_bytes:,} bytes in "
+            f"{appended.ms:.4f} ms, {appended.TBps:.2f} TB/s read and written"
+        )
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -141,6 +148,7 @@ def kernel(
         "what": "ops.decode by shape; method: flash_mla.bench.kernel",
         "timing": {**asdict(timing), "deterministic": deterministic},
         "ceilings": None if at_best is None else asdict(at_best),
+        "append": None if appended is None else {**asdict(appended), "TBps": round(appended.TBps, 3)},
         "anchors": str(anchors) if anchors is not None else None,
         "anchor_ceilings": asdict(known.ceilings) if known is not None and known.ceilings is not None else None,
         "rows": rows,

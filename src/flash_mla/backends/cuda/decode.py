@@ -293,7 +293,7 @@ def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
 
     A plan for this call and device never is: only a deterministic one has more slots than there is room for. Those
     belong to its requests in order, so it can be run in pieces, of one request at the least (which takes more than
-    MAX_WORKSPACE from 2,045 query rows on). Any other plan was made for fewer query rows, and runs at once in the
+    MAX_WORKSPACE from 4,049 query rows on). Any other plan was made for fewer query rows, and runs at once in the
     memory that it takes.
     """
     if workspace_bytes(call, slots) <= MAX_WORKSPACE or slots != fixed_slots(call.batch):
