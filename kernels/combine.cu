@@ -104,7 +104,7 @@ __device__ __forceinline__ void combine_row(const CombineParams& params) {
   static_assert(32 % GROUPS == 0 && (LANES >= 32 || 32 % LANES == 0));
   __shared__ float4 sums[SLICES][COLUMNS / 4];
   griddepcontrol_launch_dependents();
-  PlanSplit split;
+  PlanSplit split = {0, 0};
   // The plan is older than the launch of decode, which has begun.
   const int request = cut_request(params, blockIdx.x, split);
   const int row = blockIdx.y;
@@ -192,16 +192,17 @@ __device__ __forceinline__ void combine_row(const CombineParams& params) {
   if (threadIdx.x == 0 && blockIdx.z == 0) store_lse(params, request, row, top, total);
 }
 
-// Grid: (requests or slots, rows / 4).
+// Grid: requests or slots x rows / 4, the rows first.
 template <int KV_LORA_RANK, class Layout, bool IS_BF16>
 __device__ __forceinline__ void combine_warp(const CombineParams& params) {
   constexpr int VECTORS = KV_LORA_RANK / (32 * WARP_VECTOR);  // loads per part
   __shared__ float4 sums[WARP_THREADS / 32][KV_LORA_RANK / 4];
   griddepcontrol_launch_dependents();
-  PlanSplit split;
-  const int request = cut_request(params, blockIdx.x, split);
+  const int row_ctas = (params.seqlen_q * params.num_heads + WARP_THREADS / 32 - 1) / (WARP_THREADS / 32);
+  PlanSplit split = {0, 0};
+  const int request = cut_request(params, blockIdx.x / row_ctas, split);
   griddepcontrol_wait();  // every CTA, as in combine_row
-  const int row = blockIdx.y * (WARP_THREADS / 32) + threadIdx.x / 32;
+  const int row = blockIdx.x % row_ctas * (WARP_THREADS / 32) + threadIdx.x / 32;
   if (request < 0 || row >= params.seqlen_q * params.num_heads) return;
 
   const int lane = threadIdx.x % 32;

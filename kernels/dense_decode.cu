@@ -633,9 +633,6 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     decode<Shape<KV_LORA_RANK, QK_ROPE_HEAD_DIM, STAGES, IS_BF16>>(params);              \
   }
 
-#ifdef ONLY_512
-DECODE_KERNEL(bf16_512_64, 512, 64, 3, true)
-#else
 DECODE_KERNEL(bf16_512_64, 512, 64, 3, true)
 DECODE_KERNEL(fp16_512_64, 512, 64, 3, false)
 DECODE_KERNEL(bf16_256_64, 256, 64, 5, true)
@@ -644,4 +641,3 @@ DECODE_KERNEL(bf16_256_32, 256, 32, 5, true)
 DECODE_KERNEL(fp16_256_32, 256, 32, 5, false)
 DECODE_KERNEL(bf16_128_32, 128, 32, 8, true)
 DECODE_KERNEL(fp16_128_32, 128, 32, 8, false)
-#endif

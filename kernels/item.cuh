@@ -55,8 +55,8 @@ __device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
   return item;
 }
 
-// query * num_heads + head of row `row` of the tile: its place among a request's rows of `out` and the partial results.
-// Rows of one latent head are apart only where there are others: else no division, which is slow.
+// query * num_heads + head of row `row` of a latent head: its place among a request's rows of `out` and the partial
+// results. Rows of one latent head are apart only where there are others: else no division, which is slow.
 __device__ __forceinline__ int row_index(const DecodeParams& params, const Cta& cta, int row) {
   const int others = params.num_heads - params.group;
   return cta.kv_head * params.group + row + (others == 0 ? 0 : row / params.group * others);
@@ -68,7 +68,7 @@ __device__ __forceinline__ int64_t sum_index(const DecodeParams& params, int pla
   return ((int64_t)plane * rows + row) * (2 * params.num_slots) + partial;
 }
 
-// Tokens of a request that row `row` of the tile may see; queries are aligned to the end.
+// Tokens of a request that row `row` of a latent head may see; queries are aligned to the end.
 __device__ __forceinline__ int visible_tokens(const DecodeParams& params, int length, int row) {
   return params.is_causal ? length - (params.seqlen_q - 1 - row / params.group) : length;
 }
@@ -92,11 +92,10 @@ __device__ __forceinline__ int row_in_page(const DecodeParams& params, int token
 __device__ __forceinline__ void prefetch_chain(const DecodeParams& params, const Cta& cta) {
   const int lane = thread_index() % 32;
   if (lane == 0) prefetch_global_l2(params.items + cta.plan_slot);
-  const int first = (blockIdx.x * 32 + lane) * 32;  // a line of 128 bytes holds 32
-  if (first < params.batch) prefetch_global_l2(params.cache_seqlens + first * params.seqlens_stride);
-  const int lines = max(1, (params.max_blocks + 31) / 32);  // per request
-  const int request = (blockIdx.x * 32 + lane) / lines;
+  const int64_t line = (int64_t)blockIdx.x * 32 + lane;  // of 128 bytes: 32 lengths or pages
+  if (line * 32 < params.batch) prefetch_global_l2(params.cache_seqlens + line * 32 * params.seqlens_stride);
+  const int lines = max(1, (params.max_blocks + 31) / 32);  // of the table, per request
+  const int64_t request = line / lines, page = line % lines * 32;
   if (request >= params.batch || params.max_blocks == 0) return;
-  const int page = (blockIdx.x * 32 + lane) % lines * 32;
   prefetch_global_l2(params.block_table + request * params.table_stride_request + page * params.table_stride_page);
 }

@@ -22,16 +22,16 @@ struct alignas(8) PlanSplit {
 
 struct DecodeParams {
   // Columns are two dimensions, 64 and d_qk / 64, where 64 divides d_qk; else d_qk and 1.
-  TensorMap q_map;               // {columns, rows, tiles, h_kv, batch}, box {64, 64, tiles, 1, 1}
-  TensorMap kv_map;              // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles or 1, 1, 1}
-  void* out;                     // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
-  float* lse;                    // [batch, num_heads, seqlen_q], contiguous, natural log
-  uint16_t* o_partial;           // fp16 [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each row divided by its sum
-  float* partial_sums;           // [1 + scales, seqlen_q, num_heads, 2 * num_slots]: log-sums (log2), then the scales
-  const PlanItem* items;         // [num_slots + batch]
-  const PlanSplit* splits;       // [batch]
-  const int* block_table;        // [batch, max_blocks]
-  const int* cache_seqlens;      // [batch], tokens
+  TensorMap q_map;           // {columns, rows, tiles, h_kv, batch}, box {64, 16, 32 or 64, tiles, 1, 1}
+  TensorMap kv_map;          // {columns, block_size, tiles, h_kv, num_blocks}, box {64, box_rows, tiles, 3 or 1, 1, 1}
+  void* out;                 // [batch, seqlen_q, num_heads, KV_LORA_RANK], contiguous
+  float* lse;                // [batch, num_heads, seqlen_q], contiguous, natural log
+  uint16_t* o_partial;       // fp16 [2 * num_slots, seqlen_q, num_heads, KV_LORA_RANK], each row divided by its sum
+  float* partial_sums;       // [1 + scales, seqlen_q, num_heads, 2 * num_slots]: log-sums (log2), then the scales
+  const PlanItem* items;     // [num_slots + batch]
+  const PlanSplit* splits;   // [batch]
+  const int* block_table;    // [batch, max_blocks]
+  const int* cache_seqlens;  // [batch], tokens
   int64_t table_stride_request;  // elements
   int64_t table_stride_page;     // elements
   int64_t seqlens_stride;        // elements

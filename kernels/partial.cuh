@@ -1,7 +1,7 @@
 // Partial results of cut requests, as the decode kernels leave them and the merge finds them.
 //
-// A row's columns are fp16, in units of a power of two above the largest magnitude among the columns that share it: 11
-// bits near that, three more than bf16 has, in half the memory of fp32. (Where 132 SMs share one request of 128 heads,
+// A row's columns are fp16, in units of a power of two that follows the largest magnitude among the columns that share
+// it: 11 bits, three more than bf16 has, in half the memory of fp32. (Where 132 SMs share one request of 128 heads,
 // fp32 took 4 us to write and 4 to read.) They lie in the order in which a thread of the writing kernel has them in its
 // accumulators, so that it stores 8 or 16 bytes at a time without asking its neighbours.
 #pragma once
@@ -40,14 +40,15 @@ struct FewLayout {
   }
 };
 
-// The unit for columns of magnitudes up to `top`, and one over it. Within fp32's normal range, also for 0, infinity and
-// NaN.
+// The unit for columns of magnitudes up to `top`, and one over it: the largest comes out between 2^14 and 2^15 (fp16
+// ends at 65,504), so that columns down to 2^-28 of it keep their 11 bits; what is smaller errs by 2^-39 of it. Both
+// are normal numbers of fp32 whatever `top` is, also 0, infinity and NaN.
 struct PartialScale {
   float unit;
   float inverse;
 };
 
 __device__ __forceinline__ PartialScale partial_scale(float top) {
-  const int exponent = min(max(__float_as_int(top) >> 23 & 255, 1), 252) + 1;
+  const int exponent = max(__float_as_int(top) >> 23 & 255, 16) - 14;
   return {__int_as_float(exponent << 23), __int_as_float((254 - exponent) << 23)};
 }

@@ -93,8 +93,7 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32
                : "memory");
 }
 
-// The same, each matrix transposed: what a lane holds as row lane / 4, columns 2 * (lane % 4).. goes to column lane
-// / 4.
+// The same, each matrix transposed: a lane's two elements of row lane / 4 go to column lane / 4.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
@@ -104,8 +103,7 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, 
 // Ordinary stores to shared memory before it become visible to what wgmma and TMA read or write after it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- loads of what no kernel in flight writes
-// ---------------------------------------------------------------------------
+// --- loads of what no kernel in flight writes -----------------------------------------------------------------------
 
 // Volatile: a second load of the same value is a load, not a register kept since the first.
 __device__ __forceinline__ int ld_global_nc(const int* address) {

@@ -15,6 +15,7 @@ from transformers import CompileConfig, DynamicCache
 
 import flash_mla
 from flash_mla import PagedLatentCache
+from flash_mla.hf import attention
 
 STEPS = NEW_TOKENS - 1
 BATCHES = {"unpadded": (61, 61, 61), "left-padded": (61, 40, 57)}
@@ -64,6 +65,24 @@ def test_generate_compiles_one_graph(name, lengths, backend, graphs):
     assert len(graphs) == 1, "the second call was compiled anew"
     assert not counters["graph_break"]
     assert_paths(name, prefill=2 * layers, absorbed=layers)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_a_compiled_step_plans_once_for_all_layers(lengths, backend, graphs, monkeypatch):
+    """As on a GPU, where a plan is a kernel: its results stay inside the graph, and other lengths need no new one."""
+    monkeypatch.setattr(attention, "_plans", lambda q: True)
+    eager, ours = pair("deepseek_v3")
+    for seed in (0, 4):
+        inputs = prompt(lengths, seed=seed)
+        assert greedy(ours, inputs, **compiled(backend)).tolist() == greedy(eager, inputs).tolist()
+    assert len(graphs) == 1
+    assert not counters["graph_break"]
+    more = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    cache = ours.generate(**inputs, **more, **compiled(backend)).past_key_values
+    assert [state.plan for state in cache.layers[0].group.states.values()] == [None], "kept beyond its graph"
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert targets.count("flash_mla.plan.default") == 1
+    assert targets.count("flash_mla.decode.default") == 3
 
 
 def test_a_chunked_prefill_is_compiled_too(backend, graphs):

@@ -71,8 +71,7 @@ def _announce(function: str, chosen: str, dtype: str, device: str, refused: str)
     logger.info("%s runs on backend %r for %s on %s%s", function, chosen, dtype, device, refused)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(function: str, call: DecodeCall | AppendCall, backend: str | None) -> str:
+def _choose_anew(function: str, call: DecodeCall | AppendCall, backend: str | None) -> str:
     """Name of the backend that runs `call`; obeys `backend` or raises with the reasons against it."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"flash_mla.{function}: backend must be one of {[*BACKENDS]} or None, got {backend!r}")
@@ -83,12 +82,17 @@ def _choose(function: str, call: DecodeCall | AppendCall, backend: str | None) -
         return backend
     for name, why in reasons.items():
         if not why:
+            if torch.compiler.is_compiling():
+                return name  # a log line would break the graph; decode itself says it when it runs
             refused = {other: text for other, text in reasons.items() if text}
             # One line per backend, dtype and set of reasons, not per shape.
             note = "".join(f"; not {other}: {'; '.join(text)}" for other, text in refused.items())
             _announce(function, name, call.dtype, call.device_type, note)
             return name
     raise UnsupportedError(no_backend_message(function, reasons))
+
+
+_choose = functools.lru_cache(maxsize=4096)(_choose_anew)
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,9 @@ def backend_reasons(call: DecodeCall | AppendCall) -> dict[str, list[str]]:
 
 
 def _plan(call: DecodeCall, cache_seqlens: torch.Tensor, backend: str | None, deterministic: bool = False) -> SplitPlan:
-    module = BACKENDS[_choose("plan_splits", call, backend)]
+    # A trace looks through a cache, and warns of it.
+    choose = _choose_anew if torch.compiler.is_compiling() else _choose
+    module = BACKENDS[choose("plan_splits", call, backend)]
     num_slots = fixed_slots(call.batch) if deterministic else module.num_slots(call)
     if torch.compiler.is_compiling():
         items, splits = torch.ops.flash_mla.plan.default(cache_seqlens, num_slots, deterministic)
@@ -286,13 +292,14 @@ def decode(
     sync; capturable in a CUDA graph. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
     """
     items = splits = None
+    fixed = plan is not None and plan.deterministic
     if torch.compiler.is_compiling():
         if plan is not None:
             items, splits = plan.items, plan.splits
         return torch.ops.flash_mla.decode.default(  # type: ignore[no-any-return]
-            q, kv_cache, block_table, cache_seqlens, items, splits, kv_lora_rank, softmax_scale, causal, backend
+            q, kv_cache, block_table, cache_seqlens, items, splits, kv_lora_rank, softmax_scale, causal, backend, fixed
         )
-    call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal)
+    call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal, deterministic=fixed)
     if plan is not None:
         plan.check(call)
         items, splits = plan.items, plan.splits
@@ -363,7 +370,8 @@ def _append(
 _library = torch.library.Library("flash_mla", "FRAGMENT")
 _library.define(
     "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, Tensor? items, Tensor? splits,"
-    " int kv_lora_rank, float softmax_scale, bool causal, str? backend) -> (Tensor out, Tensor lse)"
+    " int kv_lora_rank, float softmax_scale, bool causal, str? backend, bool deterministic=False)"
+    " -> (Tensor out, Tensor lse)"
 )
 _library.define(
     "append(Tensor(a!) kv_cache, Tensor latent, Tensor k_rope, Tensor slots, str? backend) -> ()",
@@ -382,8 +390,9 @@ def _decode_op(
     softmax_scale: float,
     causal: bool,
     backend: str | None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal)
+    call = check_decode(q, kv_cache, block_table, cache_seqlens, kv_lora_rank, causal, deterministic=deterministic)
     return _decode(call, q, kv_cache, block_table, cache_seqlens, items, splits, softmax_scale, backend)
 
 
@@ -408,6 +417,7 @@ def _decode_fake(
     softmax_scale: float,
     causal: bool,
     backend: str | None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, seqlen_q, num_heads, _ = q.shape
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32

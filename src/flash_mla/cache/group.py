@@ -46,10 +46,11 @@ class PagedGroup:
         attention: str | None = self.config._attn_implementation
         return attention
 
-    def join(self, batch: int, device: torch.device) -> tuple[PagedState, bool]:
-        """The state of `device` and whether it was just made, which makes the asking layer its leader."""
+    def join(self, batch: int, device: torch.device, index: int) -> tuple[PagedState, bool]:
+        """The state of `device` and whether it was just made; then the asking layer, number `index`, is its leader."""
         if device in self.states:
             state = self.states[device]
+            state.last_index = max(state.last_index, index)
             if state.num_forwards > 1:
                 state.num_written = -1  # this layer missed a forward
                 state.check_complete()
@@ -61,6 +62,7 @@ class PagedGroup:
             repeats = self.prompt_repeats if batch % self.prompt_repeats == 0 else 1
             self.states[device] = GrowingState(batch, self.block_size, device, repeats)
         self.states[device].num_layers = 1
+        self.states[device].last_index = index
         return self.states[device], True
 
     def check_crop(self, tokens_to_remove: int) -> None:

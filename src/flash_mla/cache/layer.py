@@ -96,7 +96,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             value_states: `[batch, 1, seqlen_q, qk_rope_head_dim]`, likewise.
         """
         batch, device = key_states.shape[0], key_states.device
-        self.state, self.is_leader = self.group.join(batch, device)
+        self.state, self.is_leader = self.group.join(batch, device, self.index)
         self.kv_lora_rank = key_states.shape[-1]
         d_qk = self.kv_lora_rank + value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)

@@ -53,8 +53,10 @@ class PagedState(ABC):
         self.has_context = False
         self.had_context = False
         self.padding_unknown = False
-        # Layers of this state, how many of them the forward under way has reached, and forwards since the last reset.
+        # Layers of this state, the last one's number, how many of them the forward under way has reached, and forwards
+        # since the last reset.
         self.num_layers = 0
+        self.last_index = 0
         self.num_written = 0
         self.num_forwards = 0
 

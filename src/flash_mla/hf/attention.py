@@ -191,7 +191,7 @@ def _absorbed(
     q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
     q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
     plan = None
-    if q.is_cuda and not torch.compiler.is_compiling():
+    if _plans(q):
         if state.plan is None or (state.plan.seqlen_q, state.plan.num_heads) != tuple(q.shape[1:3]):
             state.plan = ops.plan_splits(
                 q,
@@ -203,6 +203,8 @@ def _absorbed(
                 backend=layer.group.backend,
             )
         plan = state.plan
+        if torch.compiler.is_compiling() and layer.index == state.last_index:
+            state.plan = None  # a tensor of the graph's own: nothing of it may be kept when the graph ends
     out, _ = ops.decode(
         q,
         layer.kv_cache,
@@ -215,6 +217,11 @@ def _absorbed(
         backend=layer.group.backend,
     )
     return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype)).to(query.dtype)
+
+
+def _plans(q: torch.Tensor) -> bool:
+    """Whether decode wants a split plan: the definition in torch, which serves the CPU, does not split."""
+    return q.is_cuda
 
 
 def _expand(

@@ -7,6 +7,7 @@ where a plan has no room for cuts.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def workspace_bytes(call: DecodeCall, slots: int) -> int:
     """Bytes of partial results: two per slot, each kv_lora_rank fp16, a log-sum and the fp32 scales per query row.
 
     From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 1,036 bytes (17 MiB)
-    on an H200.
+    on an H200, or 2 * 132 * 32 of 1,060 where rows are few.
     """
     return 2 * slots * call.seqlen_q * call.num_heads * (2 * call.kv_lora_rank + 4 * (1 + _form(call).scales))
 
@@ -169,16 +170,20 @@ class _Form:
 def _form(call: DecodeCall) -> _Form:
     """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
-    suffix = f"{DTYPES[call.dtype]}_{call.kv_lora_rank}_{call.qk_rope_head_dim}"
-    for rows, shared_bytes in FEW_ROWS.items():
-        if call.rows <= rows and shape in FEW_SHAPES:
-            name = f"flash_fwd_splitkv_mla_kernel_few{rows}_{suffix}"
-            merge = f"few_{DTYPES[call.dtype]}_{call.kv_lora_rank}"
-            return _Form("dense_decode_few", name, shared_bytes, rows, FEW_BOX_TILES, FEW_SCALES, merge)
+    rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
+    return _form_of(rows, call.dtype, *shape)
+
+
+@functools.cache
+def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+    suffix = f"{DTYPES[dtype]}_{kv_lora_rank}_{qk_rope_head_dim}"
+    merge = f"{DTYPES[dtype]}_{kv_lora_rank}"
+    if rows in FEW_ROWS:
+        name = f"flash_fwd_splitkv_mla_kernel_few{rows}_{suffix}"
+        return _Form("dense_decode_few", name, FEW_ROWS[rows], rows, FEW_BOX_TILES, FEW_SCALES, f"few_{merge}")
     name = f"flash_fwd_splitkv_mla_kernel_{suffix}"
-    tiles = -(-sum(shape) // TILE_COLUMNS)
-    merge = f"{DTYPES[call.dtype]}_{call.kv_lora_rank}"
-    return _Form("dense_decode", name, SHARED_BYTES[call.kv_lora_rank], ROW_TILE, tiles, TILE_SCALES, merge)
+    tiles = -(-(kv_lora_rank + qk_rope_head_dim) // TILE_COLUMNS)
+    return _Form("dense_decode", name, SHARED_BYTES[kv_lora_rank], ROW_TILE, tiles, TILE_SCALES, merge)
 
 
 def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int, box_tiles: int) -> bytes:
@@ -293,10 +298,10 @@ def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
 
     A plan for this call and device never is: only a deterministic one has more slots than there is room for. Those
     belong to its requests in order, so it can be run in pieces, of one request at the least (which takes more than
-    MAX_WORKSPACE from 4,049 query rows on). Any other plan was made for fewer query rows, and runs at once in the
-    memory that it takes.
+    MAX_WORKSPACE from 4,049 query rows on at 512 columns). Any other plan was made for fewer query rows, and runs at
+    once in the memory that it takes.
     """
-    if workspace_bytes(call, slots) <= MAX_WORKSPACE or slots != fixed_slots(call.batch):
+    if not call.deterministic or slots != fixed_slots(call.batch) or workspace_bytes(call, slots) <= MAX_WORKSPACE:
         return [(0, call.batch, 0, slots)]
     per_request = slots // call.batch
     requests = max(1, MAX_WORKSPACE // workspace_bytes(call, per_request))
@@ -320,8 +325,8 @@ def _combine(
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    if slots == fixed_slots(num_requests):
-        form = "warp"  # a deterministic plan's: the others add the parts in another order
+    if call.deterministic:
+        form = "warp"  # the others add the parts in other orders
     elif groups * rows <= MERGED_BY_64:
         form, grid = "columns64", (groups, rows, call.kv_lora_rank // 64)
     elif groups * rows <= MERGED_BY_128:
@@ -332,7 +337,8 @@ def _combine(
         form = "warp"
     threads = ROW_THREADS
     if form == "warp":
-        grid, threads = (groups, -(-rows * 32 // WARP_THREADS), 1), WARP_THREADS
+        # In x alone: y ends at 65,535.
+        grid, threads = (groups * -(-rows * 32 // WARP_THREADS), 1, 1), WARP_THREADS
     COMBINE.pack_into(
         _thread.combine,
         0,

@@ -335,7 +335,7 @@ def launch(
         stream: handle, see `raw_stream`.
         params: ctypes object over the struct's bytes; the driver copies them before this returns.
         programmatic: let it start before the kernel ahead of it in the stream has ended; it must then begin with
-            griddepcontrol.wait before it reads or writes memory.
+            griddepcontrol.wait before it reads what the launches ahead write, or writes.
         cluster: CTAs per cluster in x.
     Raises: DriverError: with the kernel's name and the launch.
     No host sync; capturable in a CUDA graph.
