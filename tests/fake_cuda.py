@@ -26,6 +26,7 @@ ERRORS = {
     NOT_FOUND: (b"CUDA_ERROR_NOT_FOUND", b"named symbol not found"),
 }
 NUM_SMS = 132
+MAX_GRID_YZ = 65535  # CTAs in y and in z; in x there may be 2^31 - 1
 PRIMARY = 0xC000  # + device: handle of a device's primary context
 # In .nv.info.<kernel>: format, attribute, 12 bytes about a parameter; the last u32 is its size in bytes << 18.
 EIATTR_KPARAM_INFO = b"\x04\x17\x0c\x00"
@@ -185,9 +186,11 @@ class FakeDriver:
     def _cuKernelGetFunction(self, out: int, kernel: int) -> int:
         return 0 if self.contexts else INVALID_CONTEXT
 
-    def _cuLaunchKernelEx(self, config: int, kernel: int, params: int, extra: int | None) -> None:
+    def _cuLaunchKernelEx(self, config: int, kernel: int, params: int, extra: int | None) -> int:
         assert extra is None
         *numbers, stream, attributes, count = struct.unpack("@7I4xPPI4x", ctypes.string_at(config, 56))
+        if max(numbers[1:3]) > MAX_GRID_YZ:
+            return INVALID_VALUE
         name, size = self.kernels[kernel - 1]
         set_to = {}
         for index in range(count):
@@ -211,6 +214,7 @@ class FakeDriver:
                 self.on_launch(launch)
             except Exception as error:
                 self.errors.append(error)
+        return 0
 
     def _cuTensorMapEncodeTiled(self, out: int, *arguments: Any) -> None:
         """The map of this driver: a digest of nothing, 128 bytes of the number of the call."""

@@ -142,7 +142,7 @@ def do_decode(launch: Launch, maps: dict[bytes, Map]) -> None:
                 part = p["num_slots"] + slot if begin == 0 else slot
                 columns, sums, order = partial_results(p, shape, rank, bool(few))
                 together = o[:, order].reshape(len(rows), *columns.shape[3:])  # what shares a scale
-                scales = 2.0 ** np.frexp(np.abs(together).max(2))[1]
+                scales = 2.0 ** (np.frexp(np.abs(together).max(2))[1] - 15.0)
                 columns[part, query, head] = together / scales[..., None]
                 sums[part, query, head] = np.column_stack((log_sum, scales))
 
@@ -174,16 +174,17 @@ def do_combine(launch: Launch) -> None:
     rank, is_few = int(number), few == ["few"]
     shape = (p["seqlen_q"], p["num_heads"])
     rows = math.prod(shape)
-    groups = launch.grid[0]
     name, cta_columns = FORMS[form]
     (threads,) = (
         int(number) for number in re.findall(rf"^constexpr int {name} = (\d+);", COMBINE_SOURCE, re.MULTILINE)
     )
     assert launch.block == (threads, 1, 1)
     if cta_columns:
+        groups = launch.grid[0]
         assert launch.grid[1:] == (rows, rank // (int(cta_columns) if cta_columns.isdigit() else rank))
     else:
-        assert launch.grid[1:] == (-(-rows * 32 // threads), 1)
+        groups, more = divmod(launch.grid[0], -(-rows * 32 // threads))
+        assert (more, *launch.grid[1:]) == (0, 1, 1)
     columns, sums, order = partial_results(p, shape, rank, is_few)
     for index in range(groups):
         request = p["first_request"] + index

@@ -6,6 +6,9 @@
 // order as it may. Not modelled: the asynchrony of wgmma, proxies.
 #pragma once
 
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -21,6 +24,7 @@
 
 #define __device__
 #define __global__
+#define __shared__ static  // CTAs run one at a time
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -48,9 +52,10 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct Index {
-  int x;
+  int x, y, z;
 };
 inline thread_local Index threadIdx, blockIdx;
+inline int cta_threads;
 inline int thread_index() { return threadIdx.x; }
 
 // --- waiting --------------------------------------------------------------------------------------------------------
@@ -63,8 +68,40 @@ constexpr auto PATIENCE = std::chrono::seconds(20);
 // Counts what the threads do: barriers and matrix products. Where it stands still, they wait for TMA.
 inline std::atomic<int64_t> progress = 0;
 
+// Or all CUDA threads on one thread of the host, each until it waits: several times as fast, always in one order.
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;
+  bool has_begun = false, has_ended = false;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+};
+inline bool are_fibers = false;
+inline std::vector<Fiber> fibers;
+inline jmp_buf scheduler;
+inline std::function<void()> of_fiber;
+
+inline void switch_fiber() {
+  if (_setjmp(fibers[threadIdx.x].here) == 0) _longjmp(scheduler, 1);
+}
+inline void begin_fiber() {
+  of_fiber();
+  fibers[threadIdx.x].has_ended = true;
+  _longjmp(scheduler, 1);
+}
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.has_begun) _longjmp(fiber.here, 1);
+  fiber.has_begun = true;
+  setcontext(&fiber.start);
+}
+
 template <class Condition>
 void wait_until(std::unique_lock<std::mutex>& held, std::condition_variable& event, Condition condition) {
+  if (are_fibers) {
+    for (; !is_stuck && !condition(); held.lock()) held.unlock(), switch_fiber();
+    ++progress;
+    return;
+  }
   if (!event.wait_for(held, PATIENCE, [&] { return is_stuck || condition(); })) is_stuck = true;
 }
 
@@ -100,7 +137,7 @@ inline Barrier named_barriers[16], warp_barriers[12], warpgroup_barriers[3];
 
 inline void bar_sync(int barrier, int threads) { named_barriers[barrier].wait(threads); }
 inline bool bar_red_or(int barrier, int threads, bool vote) { return named_barriers[barrier].wait(threads, vote); }
-inline void __syncthreads() { bar_sync(0, 384); }
+inline void __syncthreads() { bar_sync(0, cta_threads); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 
 struct Mbarrier {
@@ -331,6 +368,7 @@ inline float half(const void* address) {
   memcpy(&value, address, 2);
   return value;
 }
+inline float2 unpack_fp16(uint32_t both) { return {half(&both), half(reinterpret_cast<const uint8_t*>(&both) + 2)}; }
 
 // --- wgmma ----------------------------------------------------------------------------------------------------------
 
@@ -400,24 +438,64 @@ void wgmma_m64k16_narrow(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
 
 // --- launch ---------------------------------------------------------------------------------------------------------
 
+// A CTA in turns; a turn in which nothing goes on is the end of it, or of the wait for a late load.
+inline void run_fibers(int threads, const std::function<void()>& function) {
+  of_fiber = function;
+  fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.start, begin_fiber, 0);
+  }
+  const Index block = blockIdx;
+  for (int running = threads; running > 0;) {
+    const int64_t before = progress;
+    const int running_before = running;
+    for (int thread = 0; thread < threads; ++thread) {
+      if (fibers[thread].has_ended) continue;
+      blockIdx = block, threadIdx = {thread, 0, 0};
+      resume(fibers[thread]);
+      running -= fibers[thread].has_ended;
+    }
+    if (progress != before || running != running_before) continue;
+    if (late_loads.empty()) {
+      is_stuck = true;
+      continue;
+    }
+    const auto load = late_loads.back();
+    late_loads.pop_back();
+    load();
+  }
+}
+
 // Returns whether every wait ended and every address was one of shared memory. Shared memory begins as NaN.
 template <class Kernel, class Params>
-bool launch_on_host(Kernel kernel, const Params& params, int blocks) {
+bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads) {
   is_stuck = false;
-  for (int block = 0; block < blocks && !is_stuck; ++block) {
+  cta_threads = threads;
+  for (int block = 0; block < grid.x * grid.y * grid.z && !is_stuck; ++block) {
     memset(host_shared, 0xFF, sizeof host_shared);
     for (Barrier& barrier : named_barriers) barrier.reset();
     for (Barrier& barrier : warp_barriers) barrier.reset();
     for (Barrier& barrier : warpgroup_barriers) barrier.reset();
+    const Index index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    if (are_fibers) {
+      blockIdx = index;
+      run_fibers(threads, [&] { kernel(params); });
+      is_stuck = is_stuck || !late_loads.empty();
+      late_loads.clear();
+      continue;
+    }
     std::atomic<bool> has_ended = false;
     std::thread late([&] {
       if (loads_are_late) do_late_loads(has_ended);
     });
     std::vector<std::thread> running;
-    for (int thread = 0; thread < 384; ++thread) {
+    for (int thread = 0; thread < threads; ++thread) {
       running.emplace_back([=, &params] {
-        blockIdx.x = block;
-        threadIdx.x = thread;
+        blockIdx = index;
+        threadIdx = {thread, 0, 0};
         kernel(params);
       });
     }

@@ -49,13 +49,14 @@ class Recorded:
         self.workspaces: list[torch.Tensor] = []
         self.computes = True
         self.run_decode: Callable[[Launch], None] = lambda launch: do_decode(launch, self.maps)
+        self.run_combine: Callable[[Launch], None] = do_combine
         fake.on_launch = self.on_launch
 
     def on_launch(self, launch: Launch) -> None:
         if launch.kernel.startswith("plan"):
             do_plan(launch)
         elif self.computes and "combine" in launch.kernel:
-            do_combine(launch)
+            self.run_combine(launch)
         elif self.computes:
             self.run_decode(launch)
 
@@ -105,8 +106,10 @@ def on_hopper(problem: Problem, **changes: object) -> DecodeCall:
     return dataclasses.replace(call, device_type="cuda", capability=(9, 0), **changes)
 
 
-def decode(problem: Problem, plan: Plan | tuple[None, None] = (None, None)) -> tuple[torch.Tensor, torch.Tensor]:
-    call = on_hopper(problem)
+def decode(
+    problem: Problem, plan: Plan | tuple[None, None] = (None, None), deterministic: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    call = on_hopper(problem, deterministic=deterministic)
     assert host.decode_refusals(call) == []
     return host.decode(call, *problem.arguments(), problem.case.softmax_scale, *plan)
 
@@ -442,7 +445,8 @@ def test_the_form_of_the_merge_follows_its_rows(form: str, by_slot: bool, record
         assert_right(problem, *decode(problem, plan))
         merge, fields = recorded.launches("combine")[-1], recorded.combines()[-1]
         assert merge.kernel == f"flash_fwd_mla_combine_kernel_{form}_fp16_128"
-        assert (merge.grid[0], fields["by_slot"]) == (groups, by_slot)
+        ctas = -(-num_heads // 4) if form == "warp" else 1  # in x; the other forms have rows in y
+        assert (merge.grid[0], fields["by_slot"]) == (groups * ctas, by_slot)
 
 
 # --- deterministic plans and memory -----------------------------------------------------------------------------------
@@ -453,11 +457,11 @@ def test_deterministic_plans_run_in_pieces(recorded: Recorded, monkeypatch: pyte
     problem = small(Case("pieces", (2500, 70, 0, 5000, 64, 2049, 1, 9000), num_heads=3))
     call = on_hopper(problem)
     monkeypatch.setattr(host, "MAX_WORKSPACE", host.workspace_bytes(call, 4 * MAX_PARTS) - 1)
-    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(8), deterministic=True)))
+    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(8), deterministic=True), deterministic=True))
     assert [fields["num_slots"] for fields in recorded.decodes()] == [3 * MAX_PARTS, 3 * MAX_PARTS, 2 * MAX_PARTS]
     pieces = [(fields["first_request"], fields["first_slot"]) for fields in recorded.combines()]
     assert pieces == [(0, 0), (3, 3 * MAX_PARTS), (6, 6 * MAX_PARTS)]
-    assert [launch.grid[0] for launch in recorded.launches("combine")] == [3, 3, 2]
+    assert [launch.grid[0] for launch in recorded.launches("combine")] == [3, 3, 2]  # four rows per CTA
     # Each piece is merged before the next one overwrites the partial results.
     assert ["combine" in launch.kernel for launch in recorded.fake.launches] == [False, True] * 3
     (workspace,) = recorded.workspaces
@@ -468,22 +472,52 @@ def test_deterministic_plans_with_slots_to_spare(recorded: Recorded, monkeypatch
     """A plan may have more slots than its requests need; the last ones hold nothing."""
     problem = small(Case("pieces", (2500, 70, 0, 5000), num_heads=3))
     monkeypatch.setattr(host, "MAX_WORKSPACE", host.workspace_bytes(on_hopper(problem), 2 * MAX_PARTS))
-    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(4) + 5, deterministic=True)))
+    plan = plan_of(problem, fixed_slots(4) + 5, deterministic=True)
+    assert_right(problem, *decode(problem, plan, deterministic=True))
 
 
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize("batch", [1, 2, 200])
+def test_deterministic_plans_have_one_form_of_the_merge(batch: int, spare: int, recorded: Recorded) -> None:
+    """The forms add parts in different orders, so none may follow the number of requests."""
+    recorded.computes = False
+    problem = small(Case("one form", (70,) * batch, num_heads=3))
+    plan = plan_of(problem, fixed_slots(batch) + spare, deterministic=True)
+    decode(problem, plan, deterministic=True)
+    (merge,) = recorded.launches("combine")
+    assert (merge.kernel, merge.grid) == ("flash_fwd_mla_combine_kernel_warp_fp16_128", (batch, 1, 1))
+
+
+def test_more_rows_than_a_grid_has_in_y(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^18 query rows, four per CTA, are one CTA more than y takes. The memory is never touched."""
+    recorded.computes = False
+    monkeypatch.setattr(host, "_workspace", lambda device, size: torch.empty(size, dtype=torch.uint8, device=device))
+    problem = dataclasses.replace(small(Case("rows", (70,))), q=torch.empty((1, 2048, 128, 160), dtype=torch.float16))
+    decode(problem, plan_of(problem, fixed_slots(1), deterministic=True), deterministic=True)
+    assert recorded.launches("combine")[0].grid == (65536, 1, 1)
+
+
+@pytest.mark.parametrize("num_slots", [fixed_slots(4), 40])
 def test_a_plan_of_many_slots_is_not_taken_for_a_deterministic_one(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+    num_slots: int, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its slots are not those of one request after another: it cannot be run in pieces, whatever it takes."""
+    """Its slots are not those of one request after another: it cannot be run in pieces, whatever it takes.
+
+    Also where they are as many as a deterministic plan would have.
+    """
     problem = small(Case("many slots", (2500, 70, 0, 5000), num_heads=3))
     monkeypatch.setattr(host, "MAX_WORKSPACE", host.workspace_bytes(on_hopper(problem), 10))
-    assert_right(problem, *decode(problem, plan_of(problem, 40)))
+    assert_right(problem, *decode(problem, plan_of(problem, num_slots)))
+    (main,) = recorded.launches("splitkv")
+    assert main.grid == (num_slots, 1, 1)
+    (merge,) = recorded.launches("combine")
+    assert "warp" not in merge.kernel
 
 
 def test_requests_that_are_too_large_alone_run_one_by_one(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = small(Case("alone", (2500, 70, 5000), num_heads=3))
     monkeypatch.setattr(host, "MAX_WORKSPACE", host.workspace_bytes(on_hopper(problem), MAX_PARTS) - 1)
-    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(3), deterministic=True)))
+    assert_right(problem, *decode(problem, plan_of(problem, fixed_slots(3), deterministic=True), deterministic=True))
     assert [(fields["first_request"], fields["first_slot"]) for fields in recorded.combines()] == [
         (0, 0),
         (1, MAX_PARTS),

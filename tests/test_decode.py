@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from cases import BACKENDS, CASES, DEVICE, KERNELS, TRITON_DTYPES, Case, Problem
 from numerics import assert_right, reference
 
 import flash_mla
-from flash_mla import SplitPlan
+from flash_mla import SplitPlan, ops
 from flash_mla.backends import torch as torch_backend
 from flash_mla.backends import triton as triton_backend
+from flash_mla.contract import DecodeCall, fixed_slots
 
 BY_BACKEND = pytest.mark.parametrize(
     ("backend", "dtype"), BACKENDS, ids=[f"{backend}-{str(dtype)[6:]}" for backend, dtype in BACKENDS]
@@ -242,6 +244,32 @@ def test_deterministic_results_do_not_depend_on_the_batch(backend: str, dtype: t
     if backend != "torch":  # whose sums follow torch's own kernels
         for beside, alone in zip(*results, strict=True):
             assert torch.equal(beside, alone)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backends_are_told_of_deterministic_plans(
+    deterministic: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the plan alone: its number of slots does not tell."""
+    problem = make(SPLIT, torch.float32)
+    plan = plan_of(problem.case.lengths, fixed_slots(len(problem.case.lengths)), problem, deterministic)
+    told = []
+
+    def decode(call: DecodeCall, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        told.append(call.deterministic)
+        return torch_backend.decode(call, *arguments)
+
+    monkeypatch.setattr(ops, "BACKENDS", {"torch": types.SimpleNamespace(decode=decode, decode_refusals=lambda _: [])})
+
+    def step(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return flash_mla.decode(*tensors, **problem.options(), plan=plan, backend="torch")
+
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="eager")
+    result = step(*problem.arguments())
+    assert told == [deterministic]
+    assert_right(problem, *result)
 
 
 @BY_KERNEL

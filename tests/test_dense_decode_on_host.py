@@ -47,19 +47,23 @@ def host_source(file: str, text: str) -> str:
     text = replaced(text, 'asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));', "base = SHARED_BASE;")
     runs = "".join(
         f'  if (!strcmp(kernel, "{PREFIX}{name}"))\n'
-        f"    return launch_on_host(decode<Shape<{', '.join(arguments)}>>, aligned, blocks);\n"
+        f"    return launch_on_host(decode<Shape<{', '.join(arguments)}>>, aligned, {{blocks, 1, 1}}, 384);\n"
         for name, arguments in instantiations(file).items()
         if arguments[-1] == "false"  # not of bf16
     )
     return (
-        f'{text}\nextern "C" int run(const char* kernel, const void* params, int blocks, int late) {{\n'
+        f'{text}\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers) {{\n'
         f"  DecodeParams aligned;\n  memcpy(&aligned, params, sizeof aligned);\n  loads_are_late = late;\n"
+        f"  are_fibers = on_fibers;\n"
         f"{runs}  return 0;\n}}\n"
     )
 
 
-def compiled(file: str, text: str, folder: Path, compiler: str) -> ctypes.CDLL:
-    """A host library of `text`, which is kernels/<file>.cu."""
+def compiled(file: str, text: str, folder: Path) -> ctypes.CDLL:
+    """A host library of `text`, which is kernels/<file>.cu with a function that runs its kernels."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
     for header in _build.KERNELS.glob("*.cuh"):
         shutil.copy(header, folder)
     shutil.copy(HEADERS / "hopper_on_host.h", folder / "ptx.cuh")
@@ -69,9 +73,11 @@ def compiled(file: str, text: str, folder: Path, compiler: str) -> ctypes.CDLL:
     )
     assert fence
     (folder / "wgmma.cuh").write_text(wgmma)
-    (folder / f"{file}.cpp").write_text(host_source(file, text))
-    # Each library has variables of its own, which -fno-gnu-unique is for.
-    options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-fno-gnu-unique", "-pthread", "-shared", "-fPIC"]
+    (folder / f"{file}.cpp").write_text(text)
+    # Each library has variables of its own, which -fno-gnu-unique is for. Fibers jump from one stack to another, which
+    # checks of longjmp take for a fault.
+    unusual = ["-fno-strict-aliasing", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
+    options = ["-std=c++17", "-O2", *unusual, "-pthread", "-shared", "-fPIC"]
     output = folder / f"{file}.so"
     command = [compiler, *options, f"-I{folder}", "-o", str(output), str(folder / f"{file}.cpp")]
     subprocess.run(command, check=True)
@@ -81,11 +87,8 @@ def compiled(file: str, text: str, folder: Path, compiler: str) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """Of each kernel file."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("host")
-    return {file: compiled(file, source.read_text(), folder, compiler) for file, source in SOURCES.items()}
+    return {file: compiled(file, host_source(file, source.read_text()), folder) for file, source in SOURCES.items()}
 
 
 class OnHost:
@@ -95,12 +98,13 @@ class OnHost:
         self.recorded = recorded
         self.libraries = libraries
         self.loads_are_late = False
-        recorded.run_decode = self.run
+        self.are_fibers = False
+        self.model, recorded.run_decode = recorded.run_decode, self.run
 
     def run(self, launch: Launch) -> None:
         name = launch.kernel.encode()
         library = self.libraries["dense_decode_few" if b"_few" in name else "dense_decode"]
-        ended = library.run(name, launch.params, launch.grid[0], self.loads_are_late)
+        ended = library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers)
         assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
 
     def kernels(self) -> set[str]:
