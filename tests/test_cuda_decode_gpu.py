@@ -85,7 +85,9 @@ def workspaces(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 SHAPES = {
     "one tile, some rows of it": DeepSeek("slots", RAGGED),
     "several tiles, two queries": DeepSeek("slots", RAGGED, num_heads=64, seqlen_q=2),
-    "128 heads: in 132 slots the partial results take more than 64 MiB": DeepSeek("slots", RAGGED, num_heads=128),
+    "128 heads x 2: in 132 slots the partial results take more than 64 MiB": DeepSeek(
+        "slots", RAGGED, num_heads=128, seqlen_q=2
+    ),
     "two latent heads": DeepSeek("slots", RAGGED, num_heads=40, h_kv=2, seqlen_q=3),
 }
 
@@ -100,11 +102,12 @@ def test_any_number_of_slots(case: Case, num_slots: int) -> None:
 
 
 # Requests of 16 rows that each of the merge's forms is chosen for.
+FORM_LIMITS = (host.MERGED_BY_64, host.MERGED_BY_128, host.MERGED_BY_ROW)
 FORMS = {
-    "64 columns per CTA": host.MERGED_BY_64 // 16,
-    "128 columns per CTA": host.MERGED_BY_128 // 16,
-    "a CTA per row": host.MERGED_BY_ROW // 16,
-    "a warp per row": host.MERGED_BY_ROW // 16 + 1,
+    "64 columns per CTA": FORM_LIMITS[0] // 16,
+    "128 columns per CTA": FORM_LIMITS[1] // 16,
+    "a CTA per row": FORM_LIMITS[2] // 16,
+    "a warp per row": FORM_LIMITS[2] // 16 + 1,
 }
 
 
@@ -118,6 +121,16 @@ def test_every_form_of_the_merge(batch: int, shape: tuple[int, int]) -> None:
         Case("merged", lengths, num_heads=8, seqlen_q=2, kv_lora_rank=rank, qk_rope_head_dim=rope), torch.float16
     )
     plan = plan_of(problem, 4 * batch)  # not a deterministic one: that has one form for any number of rows
+    assert int(plan.splits[:, 1].max()) > 4
+    assert_right(problem, *run(problem, plan=plan))
+
+
+@pytest.mark.parametrize("batch", [rows // 66 for rows in FORM_LIMITS] + [FORM_LIMITS[-1] // 66 + 1])
+def test_every_form_of_the_merge_of_tiles_of_64_rows(batch: int) -> None:
+    """At 512 + 64, whose partial results lie in another order than those of few rows: 66 rows per request."""
+    lengths = tuple((20_000, 0, 9000, 2100)[request % 4] for request in range(batch))
+    problem = make(DeepSeek("merged", lengths, num_heads=33, seqlen_q=2), torch.bfloat16)
+    plan = plan_of(problem, 66)
     assert int(plan.splits[:, 1].max()) > 4
     assert_right(problem, *run(problem, plan=plan))
 
