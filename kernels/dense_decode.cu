@@ -15,7 +15,7 @@
 //   full[slot]    producer -> score     Q or the unit has arrived
 //   p_full[slot]  score -> value        P is stored (Q entry: Q is in registers)
 //   empty[slot]   value -> producer     nobody reads the slot any more (Q entry: score -> producer)
-// docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (One file of 700 lines: the three
+// docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (One file of 640 lines: the three
 // roles and their barriers are one protocol, read together or not at all.)
 #include "item.cuh"
 #include "wgmma.cuh"

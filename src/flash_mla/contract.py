@@ -48,8 +48,8 @@ PLAN_WHOLE = 2**30
 # What a piece of work costs a slot beyond its units, in units: one is 64 rows of 1152 B = 73,728 B of the cache, about
 # 2 us of one H200 SM's share of the memory. Beginning an item fills a pipeline and drains it; a piece of a request that
 # was cut writes its rows besides (64 rows x 512 columns: 67 KB in fp16, twice that in the portable kernel's fp32), and
-# somebody reads them back. Measured on an H200 against 3/2, 2/2, 2/1 and 1/1: 10% faster at batch 128 x 2 queries of
-# ragged lengths, equal elsewhere.
+# somebody reads them back. Measured on an H200: 3/2 is level with this, 2/2, 2/1 and 1/1 are 10% slower at batch 128 x
+# 2 queries of ragged lengths; at three other shapes all are within 4%.
 ITEM_COST = 4
 CUT_COST = 3
 # Units in the smallest piece that a request is cut for. At most CUT_COST + 1: see PLAN_CANDIDATES.
