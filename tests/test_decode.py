@@ -252,7 +252,7 @@ def test_backends_are_told_of_deterministic_plans(
     deterministic: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the plan alone: its number of slots does not tell."""
-    problem = make(SPLIT, torch.float32)
+    problem = make(SPLIT, torch.bfloat16)
     plan = plan_of(problem.case.lengths, fixed_slots(len(problem.case.lengths)), problem, deterministic)
     told = []
 
