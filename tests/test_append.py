@@ -87,6 +87,47 @@ def test_columns_apart(backend: str, dtype: torch.dtype) -> None:
 
 
 @BY_BACKEND
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "num_heads", "rank", "rope"),
+    [
+        pytest.param(3, 1, 5, 128, 32, id="one token each"),
+        pytest.param(2, 1, 16, 512, 64, id="DeepSeek's shape"),
+        pytest.param(2, 3, 7, 256, 32, id="a few tokens"),
+        pytest.param(1, 1030, 2, 128, 32, id="many rows"),
+    ],
+)
+def test_queries_are_placed(
+    batch: int, seqlen_q: int, num_heads: int, rank: int, rope: int, backend: str, dtype: torch.dtype
+) -> None:
+    """The last columns of q, and those alone; the source is a part of Transformers' [batch, heads, tokens, columns]."""
+    num_blocks = -(-batch * seqlen_q // 64) + 1
+    pool = torch.full((num_blocks, 64, 1, rank + rope), float("nan"), dtype=dtype, device=DEVICE)
+    latent, k_rope = rows(batch, seqlen_q, 1, rank, dtype=dtype), rows(batch, seqlen_q, 1, rope, dtype=dtype, seed=1)
+    slots = some_slots(batch * seqlen_q, num_blocks * 64).view(batch, seqlen_q)
+    q_rope = rows(batch, num_heads, seqlen_q, 24 + rope, dtype=dtype, seed=2)[..., 24:].transpose(1, 2)
+    # Rows of a wider buffer: what lies beside q must stay.
+    wide = torch.full((batch, seqlen_q, num_heads, rank + rope + 8), 3.0, dtype=dtype, device=DEVICE)
+    right, wanted = expected(pool, latent, k_rope, slots), wide.clone()
+    wanted[..., rank : rank + rope] = q_rope
+    flash_mla.append(pool, latent, k_rope, slots, q=wide[..., :-8], q_rope=q_rope, backend=backend)
+    assert_same(pool, right)
+    assert torch.equal(wide, wanted)
+
+
+@BY_BACKEND
+def test_columns_of_queries_apart(backend: str, dtype: torch.dtype) -> None:
+    pool = torch.zeros((2, 64, 1, 160), dtype=dtype, device=DEVICE)
+    latent, k_rope = rows(2, 1, 1, 128, dtype=dtype), rows(2, 1, 1, 32, dtype=dtype)
+    slots = torch.tensor([[5], [64]], device=DEVICE)
+    q_rope = rows(32, 4, 1, 2, dtype=dtype).permute(3, 2, 1, 0)
+    for q in (torch.zeros((2, 1, 4, 160)), torch.zeros((160, 4, 1, 2)).permute(3, 2, 1, 0)):
+        q = q.to(DEVICE, dtype)
+        flash_mla.append(pool, latent, k_rope, slots, q=q, q_rope=q_rope, backend=backend)
+        assert torch.equal(q[..., 128:], q_rope)
+        assert not q[..., :128].any()
+
+
+@BY_BACKEND
 def test_nothing_to_append(backend: str, dtype: torch.dtype) -> None:
     pool = torch.full((2, 64, 1, 160), 3.0, dtype=dtype, device=DEVICE)
     slots = torch.empty((2, 0), dtype=torch.int64, device=DEVICE)

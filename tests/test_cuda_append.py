@@ -28,8 +28,18 @@ def do_append(launch: Launch) -> None:
     warps = launch.block[0] // 32
     assert launch.block == (32 * warps, 1, 1)
     assert 1 <= warps <= 8
-    assert launch.grid == (-(-p.num_rows // warps), 1, 1)
     assert p.latent_bytes % unit == p.row_bytes % unit == 0
+    rope_bytes = p.row_bytes - p.latent_bytes
+    units = p.q_rows * rope_bytes // unit
+    assert launch.grid == (-(-p.num_rows // warps) + -(-units // (32 * warps)), 1, 1)
+    for index in range(units):
+        row, byte = divmod(index * unit, rope_bytes)
+        head, token, request = row % p.num_heads, row // p.num_heads % p.seqlen_q, row // p.num_heads // p.seqlen_q
+        source = p.q_rope + request * p.q_rope_stride_batch + token * p.q_rope_stride_token
+        source += head * p.q_rope_stride_head + byte
+        target = p.q + request * p.q_stride_batch + token * p.q_stride_token + head * p.q_stride_head + byte
+        assert source % unit == target % unit == 0
+        ctypes.memmove(target, source, unit)
     for row in range(p.num_rows):
         head, token, request = row % p.h_kv, row // p.h_kv % p.seqlen_q, row // p.h_kv // p.seqlen_q
         slot_address = p.slots + request * p.slots_stride_batch + token * p.slots_stride_token
@@ -142,6 +152,29 @@ def test_strides_that_are_never_walked_do_not_count(fake: FakeDriver) -> None:
     latent = latent.as_strided(latent.shape, (1, 3, 5, 1))
     append(pool, latent, k_rope, slots)
     assert [launch.kernel for launch in fake.launches] == ["append_rows_16"]
+
+
+@DTYPES
+@pytest.mark.parametrize("what", ["nothing", "q", "q_rope", "rows of q", "columns of q"])
+def test_queries_are_placed_in_the_same_launch(what: str, dtype: torch.dtype, fake: FakeDriver) -> None:
+    """One element off in q or its source narrows the units too; columns apart are copied by torch."""
+    pool, latent, k_rope, slots = make(3, 2, 1, 128, 32, dtype)
+    q = torch.full((3, 2, 5, 160), 3.0, dtype=dtype)
+    q_rope = torch.randn(3, 5, 2, 32).to(dtype).transpose(1, 2)
+    if what == "q":
+        q = torch.full((q.numel() + 1,), 3.0, dtype=dtype)[1:].view(q.shape)
+    elif what == "q_rope":
+        q_rope = torch.cat((q_rope.flatten()[:1], q_rope.flatten()))[1:].view(q_rope.shape)
+    elif what == "rows of q":
+        q = torch.full((3, 2, 5, 161), 3.0, dtype=dtype)[..., :-1]
+    elif what == "columns of q":
+        q = torch.full((160, 5, 2, 3), 3.0, dtype=dtype).permute(3, 2, 1, 0)
+    cuda_append(on_hopper(check_append(pool, latent, k_rope, slots, q, q_rope)), pool, latent, k_rope, slots, q, q_rope)
+    assert torch.equal(q[..., 128:], q_rope)
+    assert bool((q[..., :128] == 3).all())
+    assert torch.equal(pool.flatten(0, 1)[slots.flatten(), 0, :128], latent.flatten(0, 2))
+    unit = 16 if what in ("nothing", "columns of q") else dtype.itemsize
+    assert [launch.kernel for launch in fake.launches] == [f"append_rows_{unit}"]
 
 
 def test_columns_apart_are_copied_first(fake: FakeDriver) -> None:

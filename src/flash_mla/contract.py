@@ -220,11 +220,25 @@ def check_decode(
     )
 
 
+def _check_placed(function: str, q: object, q_rope: object, latent: torch.Tensor, d_qk: int) -> None:
+    batch, seqlen_q, _, kv_lora_rank = latent.shape
+    where = f"{latent.dtype} on {latent.device} like kv_cache"
+    if not isinstance(q, torch.Tensor) or q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (batch, seqlen_q, d_qk):
+        raise _fail(function, "q", f"[batch={batch}, seqlen_q={seqlen_q}, num_heads, d_qk={d_qk}] with q_rope", q)
+    if not isinstance(q_rope, torch.Tensor) or q_rope.shape != (*q.shape[:3], d_qk - kv_lora_rank):
+        raise _fail(function, "q_rope", f"[*q.shape[:3]={[*q.shape[:3]]}, {d_qk - kv_lora_rank}] with q", q_rope)
+    for name, tensor in (("q", q), ("q_rope", q_rope)):
+        if tensor.dtype != latent.dtype or tensor.device != latent.device:
+            raise _fail(function, name, where, tensor)
+
+
 def check_append(
     kv_cache: torch.Tensor,
     latent: torch.Tensor,
     k_rope: torch.Tensor,
     slots: torch.Tensor,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
     function: str = "append",
 ) -> AppendCall:
     """Raise ValueError unless the arguments fit together; return the call in plain values.
@@ -234,6 +248,8 @@ def check_append(
         latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, dtype and device of `kv_cache`; strides free.
         k_rope: `[batch, seqlen_q, h_kv, qk_rope_head_dim]`, the same.
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset.
+        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype and device of `kv_cache`, or None.
+        q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, the same; None exactly if `q` is.
         function: the name that error messages carry.
     """
     _check_pool(function, kv_cache)
@@ -255,6 +271,8 @@ def check_append(
         or slots.device != kv_cache.device
     ):
         raise _fail(function, "slots", f"int64 [batch={batch}, seqlen_q={seqlen_q}] on {kv_cache.device}", slots)
+    if q is not None or q_rope is not None:
+        _check_placed(function, q, q_rope, latent, d_qk)
     return AppendCall(
         device_type=kv_cache.device.type,
         device_index=kv_cache.device.index or 0,

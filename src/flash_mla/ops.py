@@ -335,6 +335,8 @@ def append(
     k_rope: torch.Tensor,
     slots: torch.Tensor,
     *,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Write new tokens into their pages: row `slots[b, j]` of the pool becomes `[latent[b, j] | k_rope[b, j]]`.
@@ -346,23 +348,34 @@ def append(
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset. Must lie inside the pool (not checked here).
             Tokens that nobody may read go to a page that no table names; otherwise
             two tokens of one call share a slot only if their rows are equal.
+        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of `kv_cache`; its last columns become `q_rope`, in the same
+            launch (the first `kv_lora_rank` are left as they are: the absorbed query). Or None.
+        q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, rotated; strides free. Given exactly with `q`.
         backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts.
     Raises: ValueError: wrong shapes, dtypes or devices. UnsupportedError: no backend accepts.
     No host sync; capturable in a CUDA graph.
     """
     if torch.compiler.is_compiling():
+        if q is not None and q_rope is not None:
+            q[..., latent.shape[-1] :] = q_rope  # the graph fuses it with its neighbours
         torch.ops.flash_mla.append.default(kv_cache, latent, k_rope, slots, backend)
         return
-    _append(kv_cache, latent, k_rope, slots, backend)
+    _append(kv_cache, latent, k_rope, slots, backend, q, q_rope)
 
 
 def _append(
-    kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, backend: str | None
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    backend: str | None,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
 ) -> None:
-    call = check_append(kv_cache, latent, k_rope, slots)
+    call = check_append(kv_cache, latent, k_rope, slots, q, q_rope)
     name = _choose("append", call, backend)
     _count_launch("append", name)
-    BACKENDS[name].append(call, kv_cache, latent, k_rope, slots)
+    BACKENDS[name].append(call, kv_cache, latent, k_rope, slots, q, q_rope)
 
 
 # --- torch.library: the same functions as graph nodes -----------------------------------------------------------------
@@ -425,6 +438,12 @@ def _decode_fake(
     return out, q.new_empty((batch, num_heads, seqlen_q), dtype=accumulate)
 
 
+def _append_op(
+    kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, backend: str | None
+) -> None:
+    _append(kv_cache, latent, k_rope, slots, backend)
+
+
 def _append_fake(
     kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, backend: str | None
 ) -> None:
@@ -439,7 +458,7 @@ def _plan_fake(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool)
 
 # CompositeExplicitAutograd: one implementation for every device; there is no gradient (decode is inference).
 _library.impl("decode", _decode_op, "CompositeExplicitAutograd")
-_library.impl("append", _append, "CompositeExplicitAutograd")
+_library.impl("append", _append_op, "CompositeExplicitAutograd")
 _library.impl("plan", _plan_op, "CompositeExplicitAutograd")
 torch.library.register_fake("flash_mla::decode", _decode_fake, lib=_library)
 torch.library.register_fake("flash_mla::append", _append_fake, lib=_library)

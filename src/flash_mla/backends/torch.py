@@ -212,11 +212,20 @@ def decode(
 
 
 def append(
-    call: AppendCall, kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor
+    call: AppendCall,
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
 ) -> None:
-    """Write each new token's `[latent | rotated key]` row into its slot, in place.
+    """Write each new token's `[latent | rotated key]` row into its slot, in place, and `q_rope` into the last columns
+    of `q`.
 
     Shapes as in `contract.check_append`. Two tokens share a slot only if equal or unread.
     """
     block, offset = slots // call.block_size, slots % call.block_size
     kv_cache[block, offset] = torch.cat((latent, k_rope), dim=-1)
+    if q is not None and q_rope is not None:
+        q[..., call.kv_lora_rank :] = q_rope

@@ -50,6 +50,8 @@ WGMMA_TRITON = (3, 4)
 # What the interpreter pretends to be: enough processors that small cases are cut; Hopper, so that every form runs.
 INTERPRETER_SMS = 16
 INTERPRETER_HAS_WGMMA = True
+# Rows of queries whose rotated columns one program of `append` places.
+PLACED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,16 @@ def decode(
 
 
 def append(
-    call: AppendCall, kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor
+    call: AppendCall,
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
 ) -> None:
-    """Write each new token's `[latent | rotated key]` row into its slot, in place, in one launch.
+    """Write each new token's `[latent | rotated key]` row into its slot, in place, and `q_rope` into the last columns
+    of `q`, in one launch.
 
     Shapes as in `contract.check_append`. Two tokens share a slot only if equal or unread.
     """
@@ -304,22 +313,36 @@ def append(
     if num_rows == 0:
         return
     block_rows = 1 if num_rows <= 1024 else 8
+    places = q is not None and q_rope is not None
+    # Nothing to place: the pool stands in for both and no program reaches them.
+    target, source = (q, q_rope) if q is not None and q_rope is not None else (kv_cache, kv_cache)
+    num_heads = target.shape[2] if places else 1
+    q_programs = -(-call.batch * call.seqlen_q * num_heads // PLACED_ROWS) if places else 0
+    append_programs = -(-num_rows // block_rows)
     with _on(kv_cache.device):
-        kernels.append_kernel[(-(-num_rows // block_rows),)](
+        kernels.append_kernel[(append_programs + q_programs,)](
             kv_cache,
             latent,
             k_rope,
             slots,
+            target,
+            source,
             *kv_cache.stride()[:3],
             *latent.stride(),
             *k_rope.stride(),
             *slots.stride(),
+            *target.stride(),
+            *source.stride(),
             num_rows,
+            call.batch * call.seqlen_q * num_heads,
+            append_programs,
             call.seqlen_q,
             call.h_kv,
+            num_heads,
             call.block_size,
             KV_LORA_RANK=call.kv_lora_rank,
             QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
             BLOCK_ROWS=block_rows,
+            PLACED_ROWS=PLACED_ROWS,
             num_warps=1 if block_rows == 1 else 4,
         )

@@ -271,6 +271,8 @@ def append_kernel(
     latent,  # [batch, seqlen_q, h_kv, KV_LORA_RANK]
     k_rope,  # [batch, seqlen_q, h_kv, QK_ROPE_HEAD_DIM]
     slots,  # int64 [batch, seqlen_q]
+    q,  # [batch, seqlen_q, num_heads, D_QK], whose last columns become q_rope
+    q_rope,  # [batch, seqlen_q, num_heads, QK_ROPE_HEAD_DIM]
     kv_stride_block,
     kv_stride_token,
     kv_stride_head,
@@ -284,27 +286,53 @@ def append_kernel(
     rope_stride_column,
     slots_stride_batch,
     slots_stride_token,
+    q_stride_batch,
+    q_stride_token,
+    q_stride_head,
+    q_stride_column,
+    q_rope_stride_batch,
+    q_rope_stride_token,
+    q_rope_stride_head,
+    q_rope_stride_column,
     num_rows,  # batch * seqlen_q * h_kv
+    q_rows,  # batch * seqlen_q * num_heads
+    append_programs,  # programs past these place queries
     seqlen_q,
     h_kv,
+    num_heads,
     block_size,
     KV_LORA_RANK: tl.constexpr,
     QK_ROPE_HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    PLACED_ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row = row < num_rows
-    head = row % h_kv
-    token = row // h_kv % seqlen_q
-    request = row // h_kv // seqlen_q
-    slot = tl.load(slots + request * slots_stride_batch + token * slots_stride_token, is_row, other=0)
-    target = kv_cache + slot // block_size * kv_stride_block + slot % block_size * kv_stride_token
-    target = (target + head * kv_stride_head)[:, None]
-    column = tl.arange(0, KV_LORA_RANK)[None, :]
-    source = latent + request * latent_stride_batch + token * latent_stride_token + head * latent_stride_head
-    value = tl.load(source[:, None] + column * latent_stride_column, is_row[:, None])
-    tl.store(target + column, value, is_row[:, None])
-    column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
-    source = k_rope + request * rope_stride_batch + token * rope_stride_token + head * rope_stride_head
-    value = tl.load(source[:, None] + column * rope_stride_column, is_row[:, None])
-    tl.store(target + KV_LORA_RANK + column, value, is_row[:, None])
+    program = tl.program_id(0).to(tl.int64)
+    if program < append_programs:
+        row = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        is_row = row < num_rows
+        head = row % h_kv
+        token = row // h_kv % seqlen_q
+        request = row // h_kv // seqlen_q
+        slot = tl.load(slots + request * slots_stride_batch + token * slots_stride_token, is_row, other=0)
+        target = kv_cache + slot // block_size * kv_stride_block + slot % block_size * kv_stride_token
+        target = (target + head * kv_stride_head)[:, None]
+        column = tl.arange(0, KV_LORA_RANK)[None, :]
+        source = latent + request * latent_stride_batch + token * latent_stride_token + head * latent_stride_head
+        value = tl.load(source[:, None] + column * latent_stride_column, is_row[:, None])
+        tl.store(target + column, value, is_row[:, None])
+        column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
+        source = k_rope + request * rope_stride_batch + token * rope_stride_token + head * rope_stride_head
+        value = tl.load(source[:, None] + column * rope_stride_column, is_row[:, None])
+        tl.store(target + KV_LORA_RANK + column, value, is_row[:, None])
+    else:
+        row = (program - append_programs) * PLACED_ROWS + tl.arange(0, PLACED_ROWS)
+        is_row = row < q_rows
+        head = row % num_heads
+        token = row // num_heads % seqlen_q
+        request = row // num_heads // seqlen_q
+        column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
+        source = q_rope + request * q_rope_stride_batch + token * q_rope_stride_token + head * q_rope_stride_head
+        value = tl.load(source[:, None] + column * q_rope_stride_column, is_row[:, None])
+        target = q + request * q_stride_batch + token * q_stride_token + head * q_stride_head
+        column += KV_LORA_RANK
+        tl.store(target[:, None] + column * q_stride_column, value, is_row[:, None])

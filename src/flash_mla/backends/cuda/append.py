@@ -21,6 +21,8 @@ FEW_ROWS = 1024
 # By bytes of a unit.
 MAX_UNIT = 16
 KERNELS = {unit: f"append_rows_{unit}" for unit in (2, 4, 8, 16)}
+# The kernel counts units of q's rotated columns in 32 bits, and a unit may be as small as 2 bytes.
+MOST_QUERY_BYTES = 2**31
 
 
 class AppendParams(ctypes.Structure):
@@ -31,6 +33,8 @@ class AppendParams(ctypes.Structure):
         ("latent", ctypes.c_uint64),
         ("k_rope", ctypes.c_uint64),
         ("slots", ctypes.c_uint64),
+        ("q_rope", ctypes.c_uint64),
+        ("q", ctypes.c_uint64),
         ("kv_stride_block", ctypes.c_int64),
         ("kv_stride_token", ctypes.c_int64),
         ("kv_stride_head", ctypes.c_int64),
@@ -42,18 +46,26 @@ class AppendParams(ctypes.Structure):
         ("rope_stride_head", ctypes.c_int64),
         ("slots_stride_batch", ctypes.c_int64),
         ("slots_stride_token", ctypes.c_int64),
+        ("q_rope_stride_batch", ctypes.c_int64),
+        ("q_rope_stride_token", ctypes.c_int64),
+        ("q_rope_stride_head", ctypes.c_int64),
+        ("q_stride_batch", ctypes.c_int64),
+        ("q_stride_token", ctypes.c_int64),
+        ("q_stride_head", ctypes.c_int64),
         ("num_rows", ctypes.c_uint32),
         ("seqlen_q", ctypes.c_uint32),
         ("h_kv", ctypes.c_uint32),
         ("block_size", ctypes.c_uint32),
         ("latent_bytes", ctypes.c_int32),
         ("row_bytes", ctypes.c_int32),
+        ("num_heads", ctypes.c_uint32),
+        ("q_rows", ctypes.c_uint32),
     )
 
 
 # The struct in two parts: addresses, which change with every call, and the rest, which repeats from step to step.
-ADDRESSES = struct.Struct("@4Q")
-GEOMETRY = struct.Struct("@11q4I2i")
+ADDRESSES = struct.Struct("@6Q")
+GEOMETRY = struct.Struct("@17q4I2i2I")
 
 
 class _PerThread(threading.local):
@@ -91,30 +103,46 @@ def geometry(
     latent_strides: tuple[int, ...],
     rope_strides: tuple[int, ...],
     slots_strides: tuple[int, ...],
+    num_heads: int = 0,
+    q_rope_strides: tuple[int, ...] = (0, 0, 0),
+    q_strides: tuple[int, ...] = (0, 0, 0),
 ) -> tuple[bytes, int]:
     """Everything of `AppendParams` but the addresses, and the union of the bits that bound the width of a unit.
 
     Strides come in elements. The stride of a dimension of one element is never walked, and may be anything.
     """
-    extents = (call.num_blocks, call.block_size, call.h_kv, *(call.batch, call.seqlen_q, call.h_kv) * 2)
-    elements = (*call.kv_cache_strides[:3], *latent_strides[:3], *rope_strides[:3])
-    strides = [itemsize * stride if extent > 1 else 0 for stride, extent in zip(elements, extents, strict=True)]
+    rows, heads = (call.batch, call.seqlen_q, call.h_kv), (call.batch, call.seqlen_q, num_heads)
+
+    def in_bytes(strides: tuple[int, ...], extents: tuple[int, ...]) -> list[int]:
+        return [itemsize * stride if extent > 1 else 0 for stride, extent in zip(strides, extents, strict=True)]
+
+    strides = in_bytes(call.kv_cache_strides[:3], (call.num_blocks, call.block_size, call.h_kv))
+    strides += in_bytes(latent_strides[:3], rows) + in_bytes(rope_strides[:3], rows)
+    q_bytes = in_bytes(q_rope_strides[:3], heads) + in_bytes(q_strides[:3], heads)
     latent_bytes, rope_bytes = itemsize * call.kv_lora_rank, itemsize * call.qk_rope_head_dim
     bits = MAX_UNIT
-    for quantity in (*strides, latent_bytes, rope_bytes):
+    for quantity in (*strides, *q_bytes, latent_bytes, rope_bytes):
         bits |= quantity
-    num_rows = call.batch * call.seqlen_q * call.h_kv
+    num_rows, q_rows = call.batch * call.seqlen_q * call.h_kv, call.batch * call.seqlen_q * num_heads
     counts = (num_rows, call.seqlen_q, call.h_kv, call.block_size, latent_bytes, latent_bytes + rope_bytes)
-    return GEOMETRY.pack(*strides, *(8 * stride for stride in slots_strides), *counts), bits
+    slots = (8 * stride for stride in slots_strides)
+    return GEOMETRY.pack(*strides, *slots, *q_bytes, *counts, num_heads, q_rows), bits
 
 
 def append(
-    call: AppendCall, kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor
+    call: AppendCall,
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    q: torch.Tensor | None = None,
+    q_rope: torch.Tensor | None = None,
 ) -> None:
-    """Write each new token's `[latent | rotated key]` row into its slot, in place, in one launch.
+    """Write each new token's `[latent | rotated key]` row into its slot, in place, and `q_rope` into the last columns
+    of `q`, in one launch.
 
-    Shapes as in `contract.check_append`. A `latent` or `k_rope` whose last stride is not 1 is copied first; the pool
-    never is. Two tokens share a slot only if equal or unread.
+    Shapes as in `contract.check_append`. A `latent`, `k_rope` or `q_rope` whose last stride is not 1 is copied first;
+    the pool never is. Two tokens share a slot only if equal or unread.
     """
     num_rows = call.batch * call.seqlen_q * call.h_kv
     if num_rows == 0:
@@ -123,15 +151,38 @@ def append(
         latent = latent.contiguous()
     if k_rope.stride(3) != 1:
         k_rope = k_rope.contiguous()
-    rest, bits = geometry(call, kv_cache.element_size(), latent.stride(), k_rope.stride(), slots.stride())
-    pool, source, rope = kv_cache.data_ptr(), latent.data_ptr(), k_rope.data_ptr()
-    bits |= pool | source | rope
+    itemsize = kv_cache.element_size()
+    pool, source, rope, columns, q_source = kv_cache.data_ptr(), latent.data_ptr(), k_rope.data_ptr(), 0, 0
+    q_bytes = 0
+    if q is not None and q_rope is not None:
+        q_bytes = call.batch * call.seqlen_q * q.shape[2] * call.qk_rope_head_dim * itemsize
+    if q is None or q_rope is None or q.stride(3) != 1 or q_bytes >= MOST_QUERY_BYTES:
+        if q is not None and q_rope is not None:
+            q[..., call.kv_lora_rank :] = q_rope
+        q_bytes = 0
+        rest, bits = geometry(call, itemsize, latent.stride(), k_rope.stride(), slots.stride())
+    else:
+        if q_rope.stride(3) != 1:
+            q_rope = q_rope.contiguous()
+        rest, bits = geometry(
+            call,
+            itemsize,
+            latent.stride(),
+            k_rope.stride(),
+            slots.stride(),
+            q.shape[2],
+            q_rope.stride(),
+            q.stride(),
+        )
+        columns, q_source = q.data_ptr() + call.kv_lora_rank * itemsize, q_rope.data_ptr()
+    bits |= pool | source | rope | columns | q_source
     thread = _thread
-    ADDRESSES.pack_into(thread.bytes, 0, pool, source, rope, slots.data_ptr())
+    ADDRESSES.pack_into(thread.bytes, 0, pool, source, rope, slots.data_ptr(), q_source, columns)
     thread.bytes[ADDRESSES.size :] = rest
     # The lowest bit that is set: the widest unit, at most 16 bytes, that divides every address, stride and length.
-    kernel = driver.function(call.device_index, "append", KERNELS[bits & -bits])
+    unit = bits & -bits
+    kernel = driver.function(call.device_index, "append", KERNELS[unit])
     warps = 1 if num_rows <= FEW_ROWS else WARPS
-    grid = (-(-num_rows // warps), 1, 1)
+    grid = (-(-num_rows // warps) + -(-q_bytes // (unit * 32 * warps)), 1, 1)
     stream = driver.raw_stream(call.device_index)
     driver.launch(call.device_index, kernel, grid, 32 * warps, 0, stream, thread.params)
