@@ -122,15 +122,15 @@ __device__ __forceinline__ void append_row(const AppendParams& p) {
 
 // One kernel per WIDTH in bytes. Any number of whole warps per CTA up to 8; grid = rows / warps, rounded up, and then
 // units of q's rotated columns / threads, rounded up.
-extern "C" __global__ void __launch_bounds__(256) append_rows_16(const __grid_constant__ AppendParams p) {
+extern "C" __global__ void __launch_bounds__(256, 6) append_rows_16(const __grid_constant__ AppendParams p) {
   append_row<uint4>(p);
 }
-extern "C" __global__ void __launch_bounds__(256) append_rows_8(const __grid_constant__ AppendParams p) {
+extern "C" __global__ void __launch_bounds__(256, 6) append_rows_8(const __grid_constant__ AppendParams p) {
   append_row<uint2>(p);
 }
-extern "C" __global__ void __launch_bounds__(256) append_rows_4(const __grid_constant__ AppendParams p) {
+extern "C" __global__ void __launch_bounds__(256, 6) append_rows_4(const __grid_constant__ AppendParams p) {
   append_row<unsigned>(p);
 }
-extern "C" __global__ void __launch_bounds__(256) append_rows_2(const __grid_constant__ AppendParams p) {
+extern "C" __global__ void __launch_bounds__(256, 6) append_rows_2(const __grid_constant__ AppendParams p) {
   append_row<unsigned short>(p);
 }

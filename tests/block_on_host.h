@@ -1,5 +1,5 @@
 // A CUDA block on the host: a thread per CUDA thread, barriers for __syncthreads and the warp's instructions. Enough of
-// CUDA C++ to run kernels/plan.cu where there is no GPU; nothing of its memory model or its speed.
+// CUDA C++ to run kernels/plan.cu and slots.cu where there is no GPU; nothing of its memory model or its speed.
 #pragma once
 
 #include <pthread.h>
@@ -35,6 +35,7 @@ inline long long exchanged[1024];
 
 inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
 inline int __ffs(unsigned mask) { return ffs(static_cast<int>(mask)); }
+inline int __popc(unsigned mask) { return __builtin_popcount(mask); }
 
 inline long long __shfl_xor_sync(unsigned, long long value, int distance) {
   pthread_barrier_t* barrier = &warp_barriers[threadIdx.x / 32];

@@ -90,7 +90,7 @@ WRONG_APPEND = {
         r"slots must be int64 \[batch=2, seqlen_q=1\].*int32",
     ),
     "slots of rank 1": ({"slots": zeros(2, dtype=torch.int64)}, r"slots must be .*\(2,\)"),
-    "q without its rotated columns": ({"q": zeros(2, 1, 4, 160)}, r"q_rope must be .*\[2, 1, 4\], 32\] with q, got None"),
+    "q without its rotated columns": ({"q": zeros(2, 1, 4, 160)}, r"q_rope must be .*\[2, 1, 4\], 32\] with q.*None"),
     "rotated columns without q": ({"q_rope": zeros(2, 1, 4, 32)}, r"q must be .*d_qk=160\] with q_rope, got NoneType"),
     "q of another batch": (
         {"q": zeros(3, 1, 4, 160), "q_rope": zeros(3, 1, 4, 32)},

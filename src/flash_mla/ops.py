@@ -29,7 +29,7 @@ from .contract import (
     no_backend_message,
 )
 
-__all__ = ["SplitPlan", "append", "backend_counts", "decode", "plan_splits", "plan_splits_for"]
+__all__ = ["SplitPlan", "append", "backend_counts", "decode", "next_slots", "plan_splits", "plan_splits_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -376,6 +376,30 @@ def _append(
     name = _choose("append", call, backend)
     _count_launch("append", name)
     BACKENDS[name].append(call, kv_cache, latent, k_rope, slots, q, q_rope)
+
+
+def next_slots(
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    seqlen_q: int,
+    block_size: int,
+    valid: torch.Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the new tokens of a forward go; arguments and results as of `backends.torch.next_slots`.
+
+    One launch on Hopper. Elsewhere, and in a graph, whose compiler fuses them, the dozen operations of the definition.
+    Reads device memory only; no host sync; capturable in a CUDA graph.
+    """
+    module: ModuleType = torch_backend
+    if block_table.is_cuda and not torch.compiler.is_compiling():
+        if BACKENDS["cuda"].runs_on(block_table.get_device()):
+            module = BACKENDS["cuda"]
+        _count_launch("slots", "torch" if module is torch_backend else "cuda")
+    result: tuple[torch.Tensor, torch.Tensor] = module.next_slots(
+        block_table, cache_seqlens, seqlen_q, block_size, valid, capacity
+    )
+    return result
 
 
 # --- torch.library: the same functions as graph nodes -----------------------------------------------------------------

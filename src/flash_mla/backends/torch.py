@@ -20,7 +20,7 @@ from ..contract import (
     check_slots,
 )
 
-__all__ = ["append", "append_refusals", "decode", "decode_refusals", "num_slots", "plan"]
+__all__ = ["append", "append_refusals", "decode", "decode_refusals", "next_slots", "num_slots", "plan"]
 
 # Elements of gathered latents held at once: 2**26 fp32 elements are 256 MiB.
 GATHER_ELEMENTS = 2**26
@@ -209,6 +209,39 @@ def decode(
         out[rows] = mixed.flatten(2, 3).to(q.dtype)
         lse[rows] = part_lse.masked_fill(empty, float("inf")).flatten(1, 2)
     return out, lse
+
+
+def next_slots(
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    seqlen_q: int,
+    block_size: int,
+    valid: torch.Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the new tokens of a forward go.
+
+    Args:
+        block_table: int32 `[batch, max_blocks]`, max_blocks >= 1.
+        cache_seqlens: int32 `[batch]`, tokens before this forward.
+        seqlen_q: new positions per request.
+        block_size: tokens per page.
+        valid: bool `[batch, seqlen_q]`, False where a position is padding; None: all are tokens.
+        capacity: tokens that a request can hold; None: what its pages hold, the caller sees to it.
+    Returns: slots int64 `[batch, seqlen_q]`, block * block_size + offset of each token behind those that are there, 0
+        for padding and past the capacity; int32 `[batch]`, the lengths with those that are stored.
+    """
+    before = cache_seqlens.long()[:, None]
+    rank = before + (torch.arange(seqlen_q, device=block_table.device) if valid is None else valid.cumsum(1) - 1)
+    # A number outside the row gives some slot of the row; what is not stored goes to page 0 below.
+    block = (rank.clamp(min=0) // block_size).clamp(max=block_table.shape[1] - 1)
+    slots = block_table.gather(1, block).long() * block_size + rank % block_size
+    if valid is None and capacity is None:
+        return slots, cache_seqlens + seqlen_q
+    stored = torch.ones_like(rank, dtype=torch.bool) if valid is None else valid
+    if capacity is not None:
+        stored = stored & (rank < capacity)
+    return torch.where(stored, slots, 0), cache_seqlens + stored.sum(1, dtype=torch.int32)
 
 
 def append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import ops
 from .pages import pages_for
 from .state import PagedState
 
@@ -85,15 +86,12 @@ class FixedState(PagedState):
         else:
             self.seen_on_host = self.seen_int() + seqlen_q
         steps = torch.arange(seqlen_q, device=self.device)
-        before = self.cache_seqlens.long()[:, None]
-        rank = before + (steps if valid is None else valid.cumsum(1) - 1)
-        fits = rank < self.max_cache_len
-        if valid is not None:
-            fits = fits & valid
         # Past the capacity a token goes to page 0 like padding: a live page is never overwritten.
-        slots = torch.where(fits, self.slots_of(rank), 0)
-        self.history[:, (self.seen + steps).clamp(max=self.max_cache_len)] = fits
-        self.cache_seqlens.add_(fits.sum(1, dtype=torch.int32))
+        slots, lengths = ops.next_slots(
+            self.block_table, self.cache_seqlens, seqlen_q, self.block_size, valid, self.max_cache_len
+        )
+        self.history[:, (self.seen + steps).clamp(max=self.max_cache_len)] = slots >= self.block_size
+        self.cache_seqlens.copy_(lengths)
         self.seen.add_(seqlen_q)
         self.overflowed.logical_or_(self.seen > self.max_cache_len)
         if seqlen_q == 1:

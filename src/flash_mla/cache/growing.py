@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import ops
 from .pages import PageTable
 from .state import PagedState
 
@@ -82,14 +83,10 @@ class GrowingState(PagedState):
                 _to_device(list(destination), torch.int64, self.device),
             )
         self._upload_table()
-        before = self.cache_seqlens.long()[:, None]
         # Lengths are replaced, not changed in place: an attention call still in flight may hold the old ones.
-        if valid is None:
-            self.slots = self.slots_of(before + torch.arange(seqlen_q, device=self.device))
-            self.cache_seqlens = self.cache_seqlens + seqlen_q
-        else:
-            self.slots = torch.where(valid, self.slots_of(before + valid.cumsum(1) - 1), 0)
-            self.cache_seqlens = self.cache_seqlens + valid.sum(1, dtype=torch.int32)
+        self.slots, self.cache_seqlens = ops.next_slots(
+            self.block_table, self.cache_seqlens, seqlen_q, self.block_size, valid
+        )
         self._note(valid, seqlen_q)
         self.seen += seqlen_q
 

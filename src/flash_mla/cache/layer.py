@@ -168,18 +168,35 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             new: from `update`.
             valid: bool `[batch, seqlen_q]`, False where a position is padding and not to be stored; None: all real.
         """
-        assert self.state is not None and self.kv_cache is not None
+        self.begin(new, valid)
+        self.store(new)
+
+    def begin(self, new: Latents, valid: torch.Tensor | None) -> None:
+        """Make room for new tokens; the leader moves the shared state on. Arguments as of `write`; `store` follows."""
+        assert self.state is not None
         if self.is_leader:
             if self.state.prompt_repeats > 1 and not self._same_prompts(new, valid):
                 self.state.part_prompts()
             self.state.advance(new.latent.shape[2], valid)
         self._follow()
+
+    def store(self, new: Latents, q: torch.Tensor | None = None, q_rope: torch.Tensor | None = None) -> None:
+        """Write new tokens where `begin` made room, and in the same launch `q_rope` into the last columns of `q`.
+
+        Args:
+            new: as given to `begin`.
+            q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of the pool, or None.
+            q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, given with `q`.
+        """
+        assert self.state is not None and self.kv_cache is not None
         dtype = self.kv_cache.dtype
         ops.append(
             self.kv_cache,
             new.latent.detach().transpose(1, 2).to(dtype),
             new.k_rope.detach().transpose(1, 2).to(dtype),
             self.state.slots,
+            q=q,
+            q_rope=q_rope,
             backend=self.group.backend,
         )
         if not torch.compiler.is_compiling():

@@ -93,7 +93,7 @@ def _paged(
     if mask is None:
         state.padding_unknown = False
     covers_context = mask is not None and mask.shape[-1] != seqlen_q
-    layer.write(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
+    layer.begin(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
     if seqlen_q > 1 and not state.had_context:
         layer.absorbed = layer.absorbed_key = None  # a new prompt: what was stored may be of other weights
     # A compiled step cannot make what it lacks: with fixed capacity the prompt's forward prepares it.
@@ -105,6 +105,7 @@ def _paged(
         record(model_type, "gathered", "a mask over the whole context was given")
     elif seqlen_q > 1 and not state.had_context:
         record(model_type, "prefill")
+        layer.store(new)
         key, value = _expand(module, layer, new.latent, new.k_rope)
         return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
     elif weights is None:
@@ -115,6 +116,7 @@ def _paged(
     else:
         long = f"{seqlen_q} new tokens: expanding the context costs less from {_longest_absorbed(module) + 1} on"
         record(model_type, "gathered", long if mask is None else "padding in a chunk on top of a context")
+    layer.store(new)
     latent, k_rope = layer.gather()
     key, value = _expand(module, layer, latent, k_rope)
     visible = _over_context(mask, layer, query.shape[0], seqlen_q, key.shape[2])
@@ -184,12 +186,20 @@ def _absorbed(
     scaling: float,
     causal: bool,
 ) -> torch.Tensor:
+    """Store the new tokens and let the queries attend to latents; `[batch, seqlen_q, num_heads, v_head_dim]`."""
     layer, state = new.layer, new.layer.state
     assert state is not None and layer.kv_cache is not None
     w_uk, w_uv = weights
     q_nope, q_rope = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
-    q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
-    q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
+    # In a graph the compiler plans the buffers; a product "into" a part of one would cost it a copy.
+    in_place = not torch.compiler.is_compiling() and query.dtype == w_uk.dtype == layer.kv_cache.dtype
+    if in_place:
+        q = _absorbed_query(q_nope.detach(), w_uk.detach(), layer.kv_cache.shape[-1])
+        layer.store(new, q, q_rope.detach().transpose(1, 2))
+    else:
+        layer.store(new)
+        q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
+        q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
     plan = None
     if _plans(q):
         if state.plan is None or (state.plan.seqlen_q, state.plan.num_heads) != tuple(q.shape[1:3]):
@@ -216,7 +226,31 @@ def _absorbed(
         plan=plan,
         backend=layer.group.backend,
     )
+    if in_place:
+        return _unabsorbed(out, w_uv.detach())
     return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype)).to(query.dtype)
+
+
+def _absorbed_query(q_nope: torch.Tensor, w_uk: torch.Tensor, d_qk: int) -> torch.Tensor:
+    """`[batch, seqlen_q, num_heads, d_qk]` whose first columns are q_nope W_UK; the rest is left to `layer.store`.
+
+    One launch: cuBLAS walks the heads of a transposed query and writes rows that lie `num_heads * d_qk` apart.
+    """
+    batch, num_heads, seqlen_q, head_dim = q_nope.shape
+    q = q_nope.new_empty((batch, seqlen_q, num_heads, d_qk))
+    rows = q_nope.transpose(0, 1).reshape(num_heads, batch * seqlen_q, head_dim)  # a view of one token per request
+    latent = q.view(batch * seqlen_q, num_heads, d_qk)[..., : w_uk.shape[-1]]
+    torch.bmm(rows, w_uk, out=latent.transpose(0, 1))
+    return q
+
+
+def _unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV, contiguous in the order that `o_proj` takes."""
+    batch, seqlen_q, num_heads, rank = out.shape
+    result = out.new_empty((batch, seqlen_q, num_heads, w_uv.shape[1]))
+    rows = result.view(batch * seqlen_q, num_heads, w_uv.shape[1])
+    torch.bmm(out.view(batch * seqlen_q, num_heads, rank).transpose(0, 1), w_uv.mT, out=rows.transpose(0, 1))
+    return result
 
 
 def _plans(q: torch.Tensor) -> bool:
