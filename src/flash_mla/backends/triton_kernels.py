@@ -324,15 +324,15 @@ def append_kernel(
         source = k_rope + request * rope_stride_batch + token * rope_stride_token + head * rope_stride_head
         value = tl.load(source[:, None] + column * rope_stride_column, is_row[:, None])
         tl.store(target + KV_LORA_RANK + column, value, is_row[:, None])
-    else:
-        row = (program - append_programs) * PLACED_ROWS + tl.arange(0, PLACED_ROWS)
-        is_row = row < q_rows
-        head = row % num_heads
-        token = row // num_heads % seqlen_q
-        request = row // num_heads // seqlen_q
-        column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
-        source = q_rope + request * q_rope_stride_batch + token * q_rope_stride_token + head * q_rope_stride_head
-        value = tl.load(source[:, None] + column * q_rope_stride_column, is_row[:, None])
-        target = q + request * q_stride_batch + token * q_stride_token + head * q_stride_head
-        column += KV_LORA_RANK
-        tl.store(target[:, None] + column * q_stride_column, value, is_row[:, None])
+    else:  # other names: a variable of both branches must have one type
+        query = (program - append_programs) * PLACED_ROWS + tl.arange(0, PLACED_ROWS)
+        is_query = query < q_rows
+        q_head = query % num_heads
+        q_token = query // num_heads % seqlen_q
+        q_request = query // num_heads // seqlen_q
+        q_column = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
+        q_source = q_rope + q_request * q_rope_stride_batch + q_token * q_rope_stride_token
+        q_source = (q_source + q_head * q_rope_stride_head)[:, None] + q_column * q_rope_stride_column
+        q_target = q + q_request * q_stride_batch + q_token * q_stride_token + q_head * q_stride_head
+        q_target = q_target[:, None] + (KV_LORA_RANK + q_column) * q_stride_column
+        tl.store(q_target, tl.load(q_source, is_query[:, None]), is_query[:, None])
