@@ -15,11 +15,14 @@ from ctypes import CFUNCTYPE, c_int
 from dataclasses import dataclass, field
 from typing import Any
 
+from fake_memory import FakeMemory
+
 from flash_mla.backends.cuda import driver
 
-INVALID_VALUE, NOT_INITIALIZED, INVALID_CONTEXT, NOT_FOUND = 1, 3, 201, 500
+INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, INVALID_CONTEXT, NOT_FOUND = 1, 2, 3, 201, 500
 ERRORS = {
     INVALID_VALUE: (b"CUDA_ERROR_INVALID_VALUE", b"invalid argument"),
+    OUT_OF_MEMORY: (b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"),
     NOT_INITIALIZED: (b"CUDA_ERROR_NOT_INITIALIZED", b"initialization error"),
     100: (b"CUDA_ERROR_NO_DEVICE", b"no CUDA-capable device is detected"),
     INVALID_CONTEXT: (b"CUDA_ERROR_INVALID_CONTEXT", b"invalid device context"),
@@ -63,8 +66,8 @@ class Launch:
 
 
 @dataclass
-class FakeDriver:
-    """What tests set and read.
+class FakeDriver(FakeMemory):
+    """What tests set and read; memory is in `FakeMemory`.
 
     Attributes:
         version: what cuDriverGetVersion answers.
@@ -142,8 +145,8 @@ class FakeDriver:
         c_int.from_address(out).value = ordinal
 
     def _cuDeviceGetAttribute(self, out: int, attribute: int, device: int) -> None:
-        assert attribute == 16, "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"
-        c_int.from_address(out).value = NUM_SMS
+        # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        c_int.from_address(out).value = {16: NUM_SMS, 102: int(self.grows_in_place)}[attribute]
 
     def _cuDevicePrimaryCtxRetain(self, out: int, device: int) -> None:
         ctypes.c_void_p.from_address(out).value = PRIMARY + device

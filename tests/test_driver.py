@@ -22,7 +22,7 @@ MIB = 2**20
 GREEN = 0xD000  # + device: a context of the device that is not its primary one
 
 
-def params(size: int = 144) -> ctypes.Array[ctypes.c_char]:
+def params(size: int = 216) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(bytes(index % 251 for index in range(size)), size)
 
 
@@ -287,7 +287,7 @@ def test_threads_do_not_share_what_they_launch_with(fake_driver: Install) -> Non
         fake.contexts.append(PRIMARY)
         start.wait()
         for _ in range(200):
-            mine = ctypes.create_string_buffer(struct.pack("36I", *[number] * 36), 144)
+            mine = ctypes.create_string_buffer(struct.pack("54I", *[number] * 54), 216)
             launch(grid=(number, 1, 1), stream=number, params=mine)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
@@ -297,7 +297,7 @@ def test_threads_do_not_share_what_they_launch_with(fake_driver: Install) -> Non
         thread.join()
     assert len(fake.launches) == 800
     for seen in fake.launches:
-        assert set(struct.unpack("36I", seen.params)) == {seen.stream} == {seen.grid[0]}
+        assert set(struct.unpack("54I", seen.params)) == {seen.stream} == {seen.grid[0]}
 
 
 # --- tensor maps ------------------------------------------------------------------------------------------------------

@@ -35,9 +35,11 @@ def machine_settings(share: float) -> settings:
 class PageMachine(RuleBasedStateMachine):
     """PageTable against the tokens that each page should hold, written the way a layer writes them."""
 
-    @initialize(num_rows=st.integers(1, 4), num_blocks=st.integers(1, 5))
-    def start(self, num_rows: int, num_blocks: int) -> None:
+    @initialize(num_rows=st.integers(1, 4), num_blocks=st.integers(1, 5), granule=st.sampled_from((None, 1, 7)))
+    def start(self, num_rows: int, num_blocks: int, granule: int | None) -> None:
         self.table = PageTable(BLOCK, num_rows, num_blocks)
+        if granule is not None:
+            self.table.round_up = lambda pages: pages_for(pages, granule) * granule
         self.expected: list[list[int]] = [[] for _ in range(num_rows)]
         self.memory: dict[int, list[int | None]] = {}
         self.token = 0
@@ -238,3 +240,21 @@ CacheMachine.TestCase.settings = machine_settings(0.2)
 FixedMachine.TestCase.settings = machine_settings(0.2)
 TestGrowingCache = CacheMachine.TestCase
 TestFixedCache = FixedMachine.TestCase
+
+
+def test_a_pool_that_is_copied_grows_by_an_eighth_and_one_that_is_not_to_the_end_of_its_granule():
+    sizes = {}
+    for round_up in (None, lambda pages: pages_for(pages, 28) * 28):
+        table = PageTable(BLOCK, 1, num_blocks=160)
+        table.round_up = round_up
+        table.extend([159 * BLOCK], [159 * BLOCK])
+        assert table.num_blocks == 160, "full, and nothing is missing"
+        grown = []
+        for _ in range(40):
+            table.extend([BLOCK], [BLOCK])
+            grown.append(table.num_blocks)
+        table.extend([100 * BLOCK], [100 * BLOCK])
+        table.check()
+        sizes[round_up is None] = (grown[0], grown[39], table.num_blocks)
+    assert sizes[True] == (160 + 20, 180 + 22, 300)
+    assert sizes[False] == (6 * 28, 8 * 28, 11 * 28)

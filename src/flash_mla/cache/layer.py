@@ -14,6 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import ops
 from .group import PagedGroup
+from .growing import GrowingState
+from .pool import Pool
 from .state import PagedState
 
 __all__ = ["Latents", "PagedLatentLayer"]
@@ -43,14 +45,6 @@ class Latents:
         )
 
 
-def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zeroed pool that may be written in place later, also if it is made inside `torch.inference_mode()`."""
-    if torch.compiler.is_compiling():
-        return torch.zeros(shape, dtype=dtype, device=device)
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-
 class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     """Pages `[num_blocks, block_size, 1, kv_lora_rank + qk_rope_head_dim]` of one MLA layer.
 
@@ -68,6 +62,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.group = group
         self.index = index
         self.is_leader = False
+        self.pool = Pool(grows=group.max_cache_len is None)
         self.kv_cache: torch.Tensor | None = None
         self.state: PagedState | None = None
         self.kv_lora_rank = 0
@@ -101,7 +96,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         d_qk = self.kv_lora_rank + value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         shape = (self.state.num_blocks, self.state.block_size, 1, d_qk)
-        self.kv_cache = _pool(shape, dtype, device)
+        self.kv_cache = self.pool.zeros(shape, dtype, device)
         if self.group.max_cache_len is not None and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.kv_cache)
         self.dtype, self.device = dtype, device
@@ -173,8 +168,10 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def begin(self, new: Latents, valid: torch.Tensor | None) -> None:
         """Make room for new tokens; the leader moves the shared state on. Arguments as of `write`; `store` follows."""
-        assert self.state is not None
+        assert self.state is not None and self.kv_cache is not None
         if self.is_leader:
+            if isinstance(self.state, GrowingState) and not torch.compiler.is_compiling():
+                self.state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
             if self.state.prompt_repeats > 1 and not self._same_prompts(new, valid):
                 self.state.part_prompts()
             self.state.advance(new.latent.shape[2], valid)
@@ -219,10 +216,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Let the pool follow what the state decided: grow it, and copy shared pages before one row writes to them."""
         assert self.state is not None and self.kv_cache is not None
         if self.kv_cache.shape[0] < self.state.num_blocks:
-            shape = (self.state.num_blocks, *self.kv_cache.shape[1:])
-            pool = _pool(shape, self.kv_cache.dtype, self.kv_cache.device)
-            pool[: self.kv_cache.shape[0]] = self.kv_cache
-            self.kv_cache = pool
+            self.kv_cache = self.pool.grow(self.kv_cache, self.state.num_blocks)
         if self.state.copies is not None:
             source, destination = self.state.copies
             self.kv_cache[destination] = self.kv_cache[source]

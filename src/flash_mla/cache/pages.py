@@ -7,7 +7,7 @@ from `at_least` on, which is why a shared page from there on is copied first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["PageTable", "pages_for"]
 
@@ -26,6 +26,10 @@ class PageTable:
         block_size: tokens per page.
         num_rows: rows, all empty at first.
         num_blocks: pages in the pool, page 0 included; `extend` grows it when the free list runs dry.
+
+    Attributes:
+        round_up: set where pools grow without a copy: pages that a pool has room for anyway once it has room for that
+            many. None where growing copies.
     """
 
     def __init__(self, block_size: int, num_rows: int, num_blocks: int = 1) -> None:
@@ -34,6 +38,7 @@ class PageTable:
         self.at_least = [0] * num_rows
         self.at_most = [0] * num_rows
         self.num_blocks = num_blocks
+        self.round_up: Callable[[int], int] | None = None
         self.reference_counts = [1] + [0] * (num_blocks - 1)
         self._free = list(range(num_blocks - 1, 0, -1))  # popped from the end: low page numbers first
         # Whether a page may have two rows. Without a fork none has, and no row need be searched for one: where a padded
@@ -61,8 +66,11 @@ class PageTable:
         return needed
 
     def extend(self, at_least_new: Sequence[int], at_most_new: Sequence[int]) -> list[tuple[int, int]]:
-        """Make room for new tokens in every row; the pool grows by at least an eighth when it is full (a pool that
-        grows is copied: each page about eight times in all, and at most an eighth lies idle).
+        """Make room for new tokens in every row.
+
+        A full pool that grows in place grows by what is missing, up to the end of a granule of memory (`round_up`). One
+        that is copied grows by at least an eighth: each page is copied about eight times in all, and at most an eighth
+        lies idle.
 
         Args:
             at_least_new, at_most_new: bounds of the new tokens of each row (equal when the host knows them).
@@ -70,7 +78,10 @@ class PageTable:
         """
         missing = self.blocks_needed(at_most_new) - len(self._free)
         if missing > 0:
-            self._grow(self.num_blocks + max(missing, self.num_blocks // 8))
+            if self.round_up is not None:
+                self._grow(self.round_up(self.num_blocks + missing))
+            else:
+                self._grow(self.num_blocks + max(missing, self.num_blocks // 8))
         copies = []
         for row, new in enumerate(at_most_new):
             if new > 0:

@@ -1,7 +1,8 @@
 """The NVIDIA driver, called directly: kernels out of the package's cubins, launches, tensor maps.
 
 `libcuda.so.1` is loaded when a kernel is first wanted, never at import. Nothing here copies, allocates device memory or
-waits for the device. Signatures and constants: CUDA driver API reference, https://docs.nvidia.com/cuda/cuda-driver-api.
+waits for the device (`memory.py` does, through `allocating` and `call`). Signatures and constants: CUDA driver API
+reference, https://docs.nvidia.com/cuda/cuda-driver-api.
 (Over 400 lines: launches and tensor maps share the library, its prototypes and its errors.)
 """
 
@@ -14,13 +15,27 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from ctypes import c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["DriverError", "function", "launch", "num_sms", "raw_stream", "reset", "tensor_map", "unavailable"]
+__all__ = [
+    "DriverError",
+    "allocating",
+    "attribute",
+    "call",
+    "function",
+    "launch",
+    "no_driver",
+    "num_sms",
+    "raw_stream",
+    "reset",
+    "tensor_map",
+    "total_bytes",
+    "unavailable",
+]
 
 CUBINS = Path(__file__).resolve().parents[2] / "cubins"
 LIBRARY = "libcuda.so.1"
@@ -49,6 +64,18 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),  # config, kernel, parameters, extra
     # map, dtype, rank, address, sizes, strides, box, element strides, interleave, swizzle, L2 promotion, fill
     "cuTensorMapEncodeTiled": (c_void_p, c_int, c_uint32, *(c_void_p,) * 5, *(c_int,) * 4),
+    # Virtual memory; device addresses (CUdeviceptr) and handles of physical memory are 64-bit integers.
+    "cuDeviceTotalMem_v2": (c_void_p, c_int),
+    "cuMemGetAllocationGranularity": (c_void_p, c_void_p, c_int),  # out, properties, minimum or recommended
+    "cuMemAddressReserve": (c_void_p, c_size_t, c_size_t, c_uint64, c_uint64),  # out, size, alignment, address, flags
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemCreate": (c_void_p, c_size_t, c_void_p, c_uint64),  # out, size, properties, flags
+    "cuMemRelease": (c_uint64,),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),  # address, size, offset, handle, flags
+    "cuMemSetAccess": (c_uint64, c_size_t, c_void_p, c_size_t),  # address, size, descriptors, number
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuStreamIsCapturing": (c_void_p, c_void_p),
+    "cuStreamSynchronize": (c_void_p,),
 }
 
 CUDA_SUCCESS = 0
@@ -72,7 +99,15 @@ TENSOR_MAP_L2_PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 
 
 class DriverError(RuntimeError):
-    """A call of the driver that failed; the message has the call, the CUresult in words, and what it was for."""
+    """A call of the driver that failed; the message has the call, the CUresult in words, and what it was for.
+
+    Attributes:
+        result: the CUresult; 0 where no call failed (no driver, no such file).
+    """
+
+    def __init__(self, message: str, result: int = 0) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class _PerThread(threading.local):
@@ -101,7 +136,8 @@ _shared_memory: dict[tuple[int, int], int] = {}
 def reset() -> None:
     """Forget the library and everything that was loaded or found out through it; for tests."""
     with _lock:
-        for cached in (_driver, unavailable, num_sms, _device, _primary_context, tensor_map):
+        found_out = (_driver, no_driver, unavailable, attribute, total_bytes, _device, _primary_context, tensor_map)
+        for cached in found_out:
             cached.cache_clear()
         for known in (_libraries, _kernels, _functions, _names, _shared_memory):
             known.clear()
@@ -148,7 +184,36 @@ def _describe(library: Any, result: int) -> str:
 
 def _check(result: int, function: str, purpose: str) -> None:
     if result != CUDA_SUCCESS:
-        raise DriverError(f"{function} failed: {_describe(_driver(), result)}: {purpose}")
+        raise DriverError(f"{function} failed: {_describe(_driver(), result)}: {purpose}", result)
+
+
+def call(name: str, *arguments: Any, purpose: str) -> None:
+    """Call a function of the driver by name; `purpose` is what the error says that it was for.
+
+    Raises: DriverError: no driver, or the call failed.
+    """
+    _check(getattr(_driver(), name)(*arguments), name, purpose)
+
+
+def _foreign() -> str | None:
+    """Why this host or this torch cannot have an NVIDIA driver, without asking for it."""
+    if sys.platform != "linux":
+        return f"needs Linux, this is {sys.platform}"
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA driver, this torch is built for ROCm {torch.version.hip}"
+    return None
+
+
+@functools.cache
+def no_driver() -> str | None:
+    """Why the driver cannot be called on this host, in one line; None if it can. It starts: see `unavailable`."""
+    if reason := _foreign():
+        return reason
+    try:
+        _driver()
+    except DriverError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
@@ -157,17 +222,11 @@ def unavailable() -> str | None:
 
     Starts the driver (cuInit), after which a forked child cannot use CUDA: ask only when a CUDA tensor is there.
     """
-    if sys.platform != "linux":
-        return f"needs Linux, this is {sys.platform}"
-    if torch.version.hip is not None:
-        return f"needs an NVIDIA driver, this torch is built for ROCm {torch.version.hip}"
+    if reason := _foreign():
+        return reason
     if not any(CUBINS.glob("*.cubin")):
         return "kernel not built: no flash_mla/cubins/*.cubin (in a checkout: python -m flash_mla._build)"
-    try:
-        _driver()
-    except DriverError as error:
-        return str(error)
-    return None
+    return no_driver()
 
 
 @functools.cache
@@ -178,13 +237,24 @@ def _device(device_index: int) -> int:
 
 
 @functools.cache
+def attribute(device_index: int, which: int) -> int:
+    """Attribute number `which` (CU_DEVICE_ATTRIBUTE_*) of a device."""
+    value, purpose = c_int(), f"attribute {which} of device {device_index}"
+    call("cuDeviceGetAttribute", ctypes.addressof(value), which, _device(device_index), purpose=purpose)
+    return value.value
+
+
 def num_sms(device_index: int) -> int:
     """Streaming multiprocessors of a device."""
-    value, purpose = c_int(), f"multiprocessors of device {device_index}"
-    which = CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    result = _driver().cuDeviceGetAttribute(ctypes.addressof(value), which, _device(device_index))
-    _check(result, "cuDeviceGetAttribute", purpose)
-    return value.value
+    return attribute(device_index, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+
+
+@functools.cache
+def total_bytes(device_index: int) -> int:
+    """Bytes of memory that a device has."""
+    out, purpose = c_size_t(), f"memory of device {device_index}"
+    call("cuDeviceTotalMem_v2", ctypes.addressof(out), _device(device_index), purpose=purpose)
+    return out.value
 
 
 def raw_stream(device_index: int) -> int:
@@ -226,6 +296,21 @@ def _context_of(library: Any, device_index: int) -> Iterator[None]:
         _check(library.cuCtxPopCurrent_v2(_thread.popped_address), "cuCtxPopCurrent", purpose)
 
 
+@contextmanager
+def allocating(device_index: int, purpose: str) -> Iterator[None]:
+    """The device's primary context made current, and calls allowed that a capture anywhere in the process forbids in
+    its default mode: whatever allocates, maps or loads.
+    """
+    exchange = _driver().cuThreadExchangeStreamCaptureMode
+    mode = c_int(CU_STREAM_CAPTURE_MODE_RELAXED)
+    _check(exchange(ctypes.addressof(mode)), "cuThreadExchangeStreamCaptureMode", f"before {purpose}")
+    try:
+        with _context_of(_driver(), device_index):
+            yield
+    finally:
+        _check(exchange(ctypes.addressof(mode)), "cuThreadExchangeStreamCaptureMode", f"after {purpose}")
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -248,20 +333,13 @@ def _prepare(key: tuple[int, str, str, int]) -> int:
     device_index, cubin, name, shared_memory = key
     library = _driver()
     with _lock:
-        # Loading allocates device memory, which a capture anywhere in the process forbids in its default mode.
-        mode = c_int(CU_STREAM_CAPTURE_MODE_RELAXED)
-        exchange = library.cuThreadExchangeStreamCaptureMode
-        _check(exchange(ctypes.addressof(mode)), "cuThreadExchangeStreamCaptureMode", f"before loading {cubin}.cubin")
-        try:
-            with _context_of(library, device_index):
-                kernel = _load(library, cubin, name)
-                _allow_shared_memory(library, device_index, kernel, shared_memory)
-                # Under lazy loading (the default) the code reaches the device here and not in the first launch.
-                unused = c_void_p()
-                result = library.cuKernelGetFunction(ctypes.addressof(unused), kernel)
-                _check(result, "cuKernelGetFunction", f"{_names[kernel]} on device {device_index}")
-        finally:
-            _check(exchange(ctypes.addressof(mode)), "cuThreadExchangeStreamCaptureMode", f"after {cubin}.cubin")
+        with allocating(device_index, f"loading {cubin}.cubin"):
+            kernel = _load(library, cubin, name)
+            _allow_shared_memory(library, device_index, kernel, shared_memory)
+            # Under lazy loading (the default) the code reaches the device here and not in the first launch.
+            unused = c_void_p()
+            result = library.cuKernelGetFunction(ctypes.addressof(unused), kernel)
+            _check(result, "cuKernelGetFunction", f"{_names[kernel]} on device {device_index}")
         _functions[key] = kernel
         return kernel
 
