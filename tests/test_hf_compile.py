@@ -124,7 +124,7 @@ def test_compiled_over_two_turns(backend, graphs):
     assert len(graphs) == 1
     assert not counters["graph_break"]
     # 3 layers each: the prompt, the padded second turn, the one trace.
-    assert_paths("deepseek_v3", prefill=3, gathered=3, absorbed=3)
+    assert_paths("deepseek_v3", prefill=3, sliced=3, absorbed=3)
 
 
 def filled(model, cache, inputs):

@@ -97,7 +97,7 @@ def test_chunked_prefill(name, lengths):
     layers = {"deepseek_v3": 3, "longcat_flash": 4}[name]
     chunks = 15  # after the first of ceil(61 / 4)
     padded = 5 if lengths[1] == 40 else 0  # columns 0..20 of the second row: chunks 0..5, the first is the prefill
-    assert_paths(name, prefill=layers, gathered=layers * padded, absorbed=layers * (chunks - padded) + layers * STEPS)
+    assert_paths(name, prefill=layers, sliced=layers * padded, absorbed=layers * (chunks - padded) + layers * STEPS)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_second_turn_with_holes_of_padding(name, ids, capacity):
     assert cache.memory_report().tokens_used == 21 + 9 + 17 + 5 + 8 + 6 + 3 * (6 + STEPS)
     layers = LAYERS
     assert counted(name)["prefill"] == layers
-    assert counted(name)["gathered"] == layers
+    assert counted(name)["sliced"] == layers
     assert counted(name)["absorbed"] == layers * (5 + STEPS)
 
 
@@ -230,7 +230,7 @@ def test_static_cache_is_paged_with_fixed_capacity(models, options):
     cache = output.past_key_values
     assert isinstance(cache, PagedLatentCache)
     assert cache.max_cache_len >= 61 + STEPS
-    chunks = {"gathered": LAYERS, "absorbed": LAYERS * (2 + STEPS)} if "prefill_chunk_size" in options else {}
+    chunks = {"sliced": LAYERS, "absorbed": LAYERS * (2 + STEPS)} if "prefill_chunk_size" in options else {}
     assert_paths("deepseek_v3", **{"prefill": LAYERS, "absorbed": LAYERS * STEPS, **chunks})
 
 
@@ -399,7 +399,7 @@ def test_right_padded_second_chunk(models, capacity):
         real = new.bool()
         close(found[real], expected[real])
     assert caches[1].memory_report().tokens_used == int(so_far.sum())
-    assert_paths("deepseek_v3", prefill=LAYERS, gathered=LAYERS, absorbed=3 * LAYERS)
+    assert_paths("deepseek_v3", prefill=LAYERS, sliced=LAYERS, absorbed=3 * LAYERS)
 
 
 @pytest.mark.parametrize("capacity", [None, 64], ids=["growing", "fixed"])

@@ -85,6 +85,10 @@ class FixedState(PagedState):
             self.seen_on_host = None
         else:
             self.seen_on_host = self.seen_int() + seqlen_q
+        self.context_len = None
+        # The lengths change in place. One token on a context needs no copy of them: it sees itself too.
+        is_chunk = seqlen_q > 1 and not torch.compiler.is_compiling()
+        self.context_seqlens = self.cache_seqlens.clone() if is_chunk else None
         steps = torch.arange(seqlen_q, device=self.device)
         # Past the capacity a token goes to page 0 like padding: a live page is never overwritten.
         slots, lengths = ops.next_slots(

@@ -64,6 +64,7 @@ class GrowingState(PagedState):
         if seqlen_q == 1:
             self.part_prompts()
         rows = len(self.pages.rows)
+        self.context_seqlens = self.cache_seqlens
         if valid is None:
             least = most = [seqlen_q] * rows
         elif seqlen_q == 1:
@@ -74,6 +75,10 @@ class GrowingState(PagedState):
             lengths, new = both.tolist()  # the one wait of a padded multi-token forward
             self.pages.learn(lengths)
             least = most = new
+        if seqlen_q > 1:
+            held = set(zip(self.pages.at_least, self.pages.at_most, strict=True))
+            least_held, most_held = held.pop()
+            self.context_len = least_held if least_held == most_held and not held else None
         copies = self.pages.extend(least, most)
         self.copies = None
         if copies:

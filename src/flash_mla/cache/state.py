@@ -26,6 +26,9 @@ class PagedState(ABC):
         history: bool `[batch, positions]`, which positions are stored (padding is not); None while all are.
         copies: pages (source, destination), int64 each, that every layer must copy before it writes; None: none.
         plan: the split plan of this forward, made by the first layer that decodes.
+        context_len: of a forward of several tokens: what every row held before it, if the host knows them to be as many
+            in each; None: it does not, or they differ.
+        context_seqlens: int32 `[batch]`, the same by row, on the device; None while compiling.
         has_context: whether anything was stored since the last reset.
         had_context: the same, before the forward under way.
         padding_unknown: positions were stored under an attention ("eager", "sdpa") whose mask the cache never saw, so
@@ -50,6 +53,8 @@ class PagedState(ABC):
         self.history: torch.Tensor | None = None
         self.copies: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plan: SplitPlan | None = None
+        self.context_len: int | None = 0
+        self.context_seqlens: torch.Tensor | None = None
         self.has_context = False
         self.had_context = False
         self.padding_unknown = False

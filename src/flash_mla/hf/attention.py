@@ -1,26 +1,30 @@
-"""The attention function behind `attn_implementation="flash_mla"`: which of four paths a call takes, and why.
+"""The attention function behind `attn_implementation="flash_mla"`: which of five paths a call takes, and why.
 
 dense: no paged cache in this call (another cache, training, vision towers): SDPA, as Transformers would.
 prefill: the cache was empty: the new tokens are expanded and attend to each other; nothing is read back.
 absorbed: the queries are multiplied by W_UK, attend to the latents in their pages, and W_UV follows.
-gathered: a padded or custom-masked chunk on top of a context, or so long a chunk that expanding pays.
+sliced: a chunk on a context, padded or so long that expanding pays: among itself by SDPA, to the context in parts.
+gathered: a custom mask over the whole context, or what a graph cannot slice: all of it expanded at once.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import ops
 from ..cache import Latents, PagedLatentLayer
+from ..cache.state import PagedState
 from ..contract import UnsupportedError
 from .absorb import absorbed_weights, expanded_by_us
 from .paths import record
+from .sdpa import sdpa
+from .sliced import absorbed_context, over_context
 
 __all__ = ["flash_mla_attention"]
 
@@ -107,20 +111,21 @@ def _paged(
         record(model_type, "prefill")
         layer.store(new)
         key, value = _expand(module, layer, new.latent, new.k_rope)
-        return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
-    elif weights is None:
-        record(model_type, "gathered", "kv_b_proj is not one matrix (a bias, or adapters by row)")
-    elif seqlen_q == 1 or (mask is None and seqlen_q <= _longest_absorbed(module)):
+        return sdpa(module, query, key, value, mask, dropout, scaling, kwargs, calls=state.num_layers)
+    elif weights is not None and (seqlen_q == 1 or (mask is None and seqlen_q <= _longest_absorbed(module))):
         record(model_type, "absorbed")
         return _absorbed(module, query, new, weights, scaling, causal=seqlen_q > 1), None
+    elif seqlen_q > 1 and _can_slice(state, weights):
+        return _sliced(module, query, new, mask, weights, scaling), None
+    elif weights is None:
+        record(model_type, "gathered", "kv_b_proj is not one matrix (a bias, or adapters by row)")
     else:
-        long = f"{seqlen_q} new tokens: expanding the context costs less from {_longest_absorbed(module) + 1} on"
-        record(model_type, "gathered", long if mask is None else "padding in a chunk on top of a context")
+        record(model_type, "gathered", "a chunk on a context in a graph")
     layer.store(new)
     latent, k_rope = layer.gather()
     key, value = _expand(module, layer, latent, k_rope)
     visible = _over_context(mask, layer, query.shape[0], seqlen_q, key.shape[2])
-    return _sdpa(module, query, key, value, visible, dropout, scaling, kwargs)
+    return sdpa(module, query, key, value, visible, dropout, scaling, kwargs)
 
 
 def _check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor) -> None:
@@ -172,10 +177,42 @@ def _longest_absorbed(module: Any) -> int:
     """Most new tokens per request for which attending to latents takes fewer FLOP than expanding the context.
 
     Per head and context token, in FLOP / 2: expanding costs R * (nope + v) once and nope + rope + v per query;
-    absorbed costs 2 R + rope per query. Equal at q = R (nope + v) / (2 R - nope - v): 170 for DeepSeek-V3.
+    absorbed costs 2 R + rope per query. Equal at q = R (nope + v) / (2 R - nope - v): 170 for DeepSeek-V3. Twice that
+    is what was measured on an H200, where the absorbed kernel runs at 720 TFLOP/s, SDPA at 635, and expanding and
+    putting together are bound by memory (figures in sliced.py: equal at 350).
     """
     rank, per_head = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
-    return int(rank * per_head / max(1, 2 * rank - per_head))
+    return int(2 * rank * per_head / max(1, 2 * rank - per_head))
+
+
+def _can_slice(state: PagedState, weights: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+    """Whether a chunk can attend to its context in parts: rows of one length, or a matrix for the absorbed kernel."""
+    return not torch.compiler.is_compiling() and (state.context_len is not None or weights is not None)
+
+
+def _sliced(
+    module: Any,
+    query: torch.Tensor,
+    new: Latents,
+    mask: torch.Tensor | None,
+    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+) -> torch.Tensor:
+    layer, state = new.layer, new.layer.state
+    assert state is not None and layer.kv_cache is not None
+    seqlen_q, longest = query.shape[2], _longest_absorbed(module)
+    how = "rows of different lengths" if state.context_len is None else f"at most {longest} queries"
+    context: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+    if weights is not None and (state.context_len is None or seqlen_q <= longest):
+        record(module.config.model_type, "sliced", f"the context absorbed: {how}")
+        w_uk, w_uv = weights
+        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
+        context = functools.partial(absorbed_context, layer, q, scaling, functools.partial(_unabsorbed, w_uv=w_uv))
+    else:
+        record(module.config.model_type, "sliced", f"the context expanded: {seqlen_q} queries, more than {longest}")
+    layer.store(new)
+    expand = functools.partial(_expand, module, layer)
+    return over_context(module, query, new, mask, scaling, expand, context)
 
 
 def _absorbed(
@@ -190,16 +227,15 @@ def _absorbed(
     layer, state = new.layer, new.layer.state
     assert state is not None and layer.kv_cache is not None
     w_uk, w_uv = weights
-    q_nope, q_rope = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
     # In a graph the compiler plans the buffers; a product "into" a part of one would cost it a copy.
     in_place = not torch.compiler.is_compiling() and query.dtype == w_uk.dtype == layer.kv_cache.dtype
     if in_place:
-        q = _absorbed_query(q_nope.detach(), w_uk.detach(), layer.kv_cache.shape[-1])
-        layer.store(new, q, q_rope.detach().transpose(1, 2))
+        q_nope, q_rope = query.detach().split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
+        q = _absorbed_in_place(q_nope, w_uk.detach(), layer.kv_cache.shape[-1])
+        layer.store(new, q, q_rope.transpose(1, 2))
     else:
         layer.store(new)
-        q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
-        q = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1).to(layer.kv_cache.dtype)
+        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
     plan = None
     if _plans(q):
         if state.plan is None or (state.plan.seqlen_q, state.plan.num_heads) != tuple(q.shape[1:3]):
@@ -227,11 +263,23 @@ def _absorbed(
         backend=layer.group.backend,
     )
     if in_place:
-        return _unabsorbed(out, w_uv.detach())
-    return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype)).to(query.dtype)
+        return _unabsorbed_in_place(out, w_uv.detach())
+    return _unabsorbed(out, w_uv).to(query.dtype)
 
 
-def _absorbed_query(q_nope: torch.Tensor, w_uk: torch.Tensor, d_qk: int) -> torch.Tensor:
+def _absorbed_query(query: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: int) -> torch.Tensor:
+    """`[batch, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]`: the part without position times W_UK."""
+    q_nope, q_rope = query.split((qk_nope_head_dim, query.shape[-1] - qk_nope_head_dim), dim=-1)
+    q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
+    return torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)
+
+
+def _unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV."""
+    return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype))
+
+
+def _absorbed_in_place(q_nope: torch.Tensor, w_uk: torch.Tensor, d_qk: int) -> torch.Tensor:
     """`[batch, seqlen_q, num_heads, d_qk]` whose first columns are q_nope W_UK; the rest is left to `layer.store`.
 
     One launch: cuBLAS walks the heads of a transposed query and writes rows that lie `num_heads * d_qk` apart.
@@ -244,7 +292,7 @@ def _absorbed_query(q_nope: torch.Tensor, w_uk: torch.Tensor, d_qk: int) -> torc
     return q
 
 
-def _unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+def _unabsorbed_in_place(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
     """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV, contiguous in the order that `o_proj` takes."""
     batch, seqlen_q, num_heads, rank = out.shape
     result = out.new_empty((batch, seqlen_q, num_heads, w_uv.shape[1]))
@@ -320,22 +368,7 @@ def _dense(
         record(model_type, "dense", "no paged cache in this call")
     if sinks is not None:
         return _with_sinks(module, query, key, value, mask, sinks, dropout, scaling), None
-    return _sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
-
-
-def _sdpa(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
-    passed = {name: kwargs[name] for name in ("is_causal", "softcap", "position_bias") if name in kwargs}
-    out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed)
-    return out, None
+    return sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -377,7 +410,7 @@ def _packed(
         part_q, part_k = query[:, :, begin_q:end_q], key[:, :, begin_k:end_k]
         mask = _causal(part_q, part_k) if causal else None
         own = {**kwargs, "is_causal": False}
-        out, _ = _sdpa(module, part_q, part_k, value[:, :, begin_k:end_k], mask, dropout, scaling, own)
+        out, _ = sdpa(module, part_q, part_k, value[:, :, begin_k:end_k], mask, dropout, scaling, own)
         outs.append(out)
     return torch.cat(outs, dim=1), None
 
