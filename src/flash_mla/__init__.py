@@ -2,7 +2,7 @@
 
 from .cache import MemoryReport, PagedLatentCache
 from .contract import UnsupportedError
-from .hf import path_counts, register, reset_path_counts, unregister
+from .hf import path_counts, prefill_progress, register, reset_path_counts, unregister
 from .interface import flash_mla_with_kvcache, get_mla_metadata
 from .ops import SplitPlan, append, backend_counts, decode, plan_splits
 
@@ -20,6 +20,7 @@ __all__ = [
     "get_mla_metadata",
     "path_counts",
     "plan_splits",
+    "prefill_progress",
     "register",
     "reset_path_counts",
     "unregister",

@@ -1,4 +1,5 @@
-"""The only file that touches Transformers' globals: the name, the mask, `expand_kv` and the cache of `generate`.
+"""The only file that touches Transformers' globals: the name, the mask, `expand_kv`, the cache and the prefill
+of `generate`.
 
 Registered on `import flash_mla`; `unregister()` puts everything back. What is wrapped falls through to the original
 for every model whose text config does not say "flash_mla".
@@ -27,6 +28,7 @@ from ..contract import UnsupportedError
 from .attention import flash_mla_attention
 from .mask import flash_mla_mask
 from .models import require_mla
+from .prefill import expect_repeats, wrap_prefill
 
 __all__ = ["NAME", "is_registered", "register", "unregister"]
 
@@ -64,6 +66,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, flash_mla_mask_hooked)
     _replace(modeling_utils, "lazy_import_flash_attention", _wrap_flash_import)
     _replace(GenerationMixin, "_prepare_cache_for_generation", _wrap_prepare_cache)
+    _replace(GenerationMixin, "_prefill", wrap_prefill)
 
 
 def unregister() -> None:
@@ -244,7 +247,9 @@ def _make_cache(
         return None
     repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if implementation != "static":
-        return _told_of_assistant(PagedLatentCache(text_config, prompt_repeats=repeats), generation_config)
+        growing = PagedLatentCache(text_config, prompt_repeats=repeats)
+        expect_repeats(growing, repeats)
+        return _told_of_assistant(growing, generation_config)
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         raise UnsupportedError("flash_mla: assisted decoding needs a growing cache, got cache_implementation='static'")
     # Transformers' rule for its StaticCache: never smaller than in an earlier call, so that nothing is recompiled.
