@@ -1,95 +1,45 @@
-"""How long `generate()` takes, step by step, and one attention layer's decode step: native attention beside ours."""
+"""How long `generate()` takes, step by step: several prompt lengths and attentions in one process, on one model.
+
+A figure is wall clock with the device waited for at every token: a run's `decode_ms` is the median of the second half
+of its steps, a row's the median over its rounds, and its spread max - min over them. Under a growing cache nothing is
+compiled, and the attentions take turns, round by round. Under "static" the rounds of one attention follow each other,
+and torch.compile starts afresh before each attention, batch and capacity. In turns (`in_turns=True`) no graph would be
+compiled twice either, since guards tell the attentions apart. But the graphs of the one would lie in memory while the
+other is measured, and a dimension in which the two differ, the mask's, may be compiled as dynamic for the second.
+"""
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from .shapes import layer_config
+from .clock import StepClock, synchronize
+from .device_time import PROFILED_STEPS, StepProfiler, absorb_gemms
+from .memory import cache_bytes, held_bytes, peak_bytes, reset_peak
 
-__all__ = ["GenerateResult", "LayerResult", "StepClock", "cache_bytes", "time_generate", "time_layer"]
+__all__ = ["GenerateResult", "Setting", "StepClock", "cache_bytes", "measure", "schedule", "time_generate"]
 
-
-WARMUP_STEPS = 5  # of time_layer
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+WARMUP_TOKENS = 6  # the first step compiles, the second records a CUDA graph, the third replays it
+MIN_PROFILED_TOKENS = 1 + 5 + PROFILED_STEPS  # the first token, as many steps as a warm-up has, and those recorded
 
 
-class StepClock:
-    """A stopping criterion that never stops before `stop_after` tokens and notes when each token was there.
-
-    Args:
-        device: waited for at every token, so a step's time holds its device work.
-        stop_after: tokens after which generation ends, or None.
-    """
-
-    def __init__(self, device: torch.device, stop_after: int | None = None) -> None:
-        self.device = device
-        self.stop_after = stop_after
-        self.stamps: list[float] = []
-
-    def start(self) -> None:
-        """Note the time at which generation begins."""
-        synchronize(self.device)
-        self.stamps = [time.perf_counter()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        synchronize(self.device)
-        self.stamps.append(time.perf_counter())
-        done = self.stop_after is not None and len(self.stamps) > self.stop_after
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def ttft_s(self) -> float:
-        """Seconds to the first token: prefill."""
-        return self.stamps[1] - self.stamps[0]
-
-    @property
-    def step_ms(self) -> list[float]:
-        """Milliseconds of each decode step, the tokens after the first."""
-        return [(b - a) * 1e3 for a, b in zip(self.stamps[1:], self.stamps[2:], strict=False)]
-
-    @property
-    def late_ms(self) -> float:
-        """Median over the second half of the steps, when compilation and the first allocations are over."""
-        steps = self.step_ms
-        return statistics.median(steps[len(steps) // 2 :]) if steps else float("nan")
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a Transformers cache holds on its device: the pools of a paged one, keys and values of the others."""
-    if hasattr(cache, "memory_report"):
-        return int(cache.memory_report().bytes_allocated)
-    total = 0
-    for layer in getattr(cache, "layers", []):
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            if isinstance(tensor, torch.Tensor):
-                total += tensor.numel() * tensor.element_size()
-    return total
-
-
-@dataclass
-class GenerateResult:
-    """One measured `generate()`; times are wall clock with the device waited for at each token.
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures.
 
     Attributes:
-        ttft_s: seconds to the first token.
-        decode_ms: milliseconds per token for the whole batch, median of the second half of the steps.
-        tokens_per_s: new tokens of all rows / the whole time.
-        peak_GiB: device memory beyond what was held before the call; None off CUDA.
-        cache_bytes: bytes held by the cache at the end.
-        paths: calls of the attention function by path ("dense", "prefill", ...); traced ones count once.
-        backends: launches by "op backend"; replays of a CUDA graph are not seen.
+        model: what the row is called.
+        attn: "flash_mla", "sdpa" or "eager".
+        cache: "dynamic", or "static" (fixed capacity; compiled on a GPU by Transformers itself).
+        batch, prompt, new_tokens: rows, tokens per row, tokens to generate.
+        prefill_chunk_size: tokens of the prompt per forward; None: all at once.
+        seed: of the token ids.
     """
 
     model: str
@@ -98,15 +48,72 @@ class GenerateResult:
     batch: int
     prompt: int
     new_tokens: int
-    dtype: str
+    prefill_chunk_size: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class _Round:
+    """One measured call; units as in `GenerateResult`."""
+
     ttft_s: float
     decode_ms: float
     tokens_per_s: float
-    peak_GiB: float | None
+    peak: int | None
+    decode_peak: int | None
     cache_bytes: int
     paths: dict[str, int]
     backends: dict[str, int]
-    step_ms: list[float] = field(default_factory=list)
+    step_ms: list[float]
+    experts: dict[str, str] | None
+
+
+@dataclass
+class GenerateResult:
+    """The rounds of one setting; times are wall clock with the device waited for at each token.
+
+    Attributes:
+        ttft_s: seconds to the first token, median of the rounds.
+        decode_ms: milliseconds per token for the whole batch: of each round the median of the second half of its steps,
+            of these the median.
+        decode_spread_ms: max - min over the rounds; 0 for one round.
+        round_ms: each round's figure.
+        tokens_per_s: new tokens of all rows / the whole time, prefill included; median.
+        peak_GiB: device memory beyond what was held before the call, largest of the rounds; None off CUDA.
+        decode_peak_GiB: the same from the first token on.
+        cache_bytes, pages_GiB: held by the cache at the end (pages for ours, keys and values for native attention).
+        experts_implementation: what ran in "prefill" and in "decode" (`generate()` switches); None: no experts.
+        paths: calls of the attention function by path in the first round; traced ones count once.
+        backends: launches by "op backend" in the first round; replays of a CUDA graph are not seen.
+        step_ms: every decode step of every round.
+        identical_rows: rows whose tokens are those of the first attention; None for that one.
+        device_time: of `bench.device_time`, per step; None where not profiled.
+    """
+
+    model: str
+    attn: str
+    cache: str
+    batch: int
+    prompt: int
+    new_tokens: int
+    prefill_chunk_size: int | None
+    dtype: str
+    experts_implementation: dict[str, str] | None
+    rounds: int
+    ttft_s: float
+    decode_ms: float
+    decode_spread_ms: float
+    round_ms: list[float]
+    tokens_per_s: float
+    peak_GiB: float | None
+    decode_peak_GiB: float | None
+    cache_bytes: int
+    pages_GiB: float
+    paths: dict[str, int]
+    backends: dict[str, int]
+    step_ms: list[list[float]] = field(default_factory=list)
+    identical_rows: int | None = None
+    device_time: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a row of a report."""
@@ -119,195 +126,250 @@ def _counts() -> tuple[dict[Any, int], dict[Any, int]]:
     return flash_mla.path_counts(), flash_mla.backend_counts()
 
 
-def _difference(after: dict[Any, int], before: dict[Any, int]) -> dict[str, int]:
+def difference(after: dict[Any, int], before: dict[Any, int]) -> dict[str, int]:
+    """What was counted between two readings, by the words of the key."""
     grown = {key: count - before.get(key, 0) for key, count in after.items()}
     return {" ".join(key): count for key, count in grown.items() if count}
 
 
-def time_generate(
-    model: Any,
-    *,
-    name: str,
-    attn: str,
-    cache: str,
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    warmup: bool = True,
-    seed: int = 0,
-) -> tuple[GenerateResult, torch.Tensor]:
-    """Greedy generation from random token ids under attention `attn`, which the model is switched to.
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else round(num_bytes / 2**30, 3)
 
-    Args:
-        model: a loaded model on one device.
-        name: what the row is called.
-        attn: "flash_mla", "sdpa" or "eager".
-        cache: "dynamic", or "static" (fixed capacity; compiled on a GPU by Transformers itself).
-        batch, prompt, new_tokens: rows, tokens per row, tokens to generate.
-        warmup: generate a few tokens of the same shape first, so that compilation is not measured.
-        seed: of the token ids.
-    Returns: the measurement, and int64 `[batch, new_tokens]`, what was generated.
-    """
+
+def _experts(model: Any) -> str | None:
+    """The implementation of the experts that a forward would use now; None for a model without any."""
+    if not model._can_set_experts_implementation():
+        return None
+    return str(model.config.get_text_config(decoder=True)._experts_implementation)
+
+
+def run(model: Any, setting: Setting, clock: StepClock) -> Any:
+    """One `generate()` from random token ids, greedy, under the setting's attention, which the model is switched to."""
     from transformers import StoppingCriteriaList
 
-    device = model.device
-    model.set_attn_implementation(attn)
-    generator = torch.Generator().manual_seed(seed)
+    model.set_attn_implementation(setting.attn)
+    # Transformers gives every later static cache at least the capacity of the largest before it: a prompt of 64 after
+    # one of 32k would decode over 32k positions (seen on an H200: 192 ms per token for 36).
+    if hasattr(model, "_previous_max_cache_length"):
+        del model._previous_max_cache_length
+    generator = torch.Generator().manual_seed(setting.seed)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    input_ids = torch.randint(min(16, vocab_size - 1), vocab_size, (batch, prompt), generator=generator).to(device)
+    shape = (setting.batch, setting.prompt)
+    input_ids = torch.randint(min(16, vocab_size - 1), vocab_size, shape, generator=generator).to(model.device)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(input_ids),
-        "max_new_tokens": new_tokens,
+        "max_new_tokens": setting.new_tokens,
         "do_sample": False,
         "eos_token_id": None,
         "pad_token_id": 0,
         "return_dict_in_generate": True,
     }
-    if cache == "static":
+    if setting.cache == "static":
         options["cache_implementation"] = "static"
+    if setting.prefill_chunk_size is not None:
+        options["prefill_chunk_size"] = setting.prefill_chunk_size
+    clock.start()
+    return model.generate(input_ids, stopping_criteria=StoppingCriteriaList([clock]), **options)
 
-    def run(clock: StepClock) -> Any:
-        clock.start()
-        return model.generate(input_ids, stopping_criteria=StoppingCriteriaList([clock]), **options)
 
-    if warmup:
-        # The same capacity as the measured run, so that nothing is compiled twice; the third step replays.
-        run(StepClock(device, stop_after=min(new_tokens, 6)))
+def warm_up(model: Any, setting: Setting) -> None:
+    """A few tokens of the same shape and capacity, so that nothing is compiled in the measured run."""
+    run(model, setting, StepClock(model.device, stop_after=min(setting.new_tokens, WARMUP_TOKENS)))
+
+
+def time_round(model: Any, setting: Setting) -> tuple[_Round, torch.Tensor]:
+    """One measured call: the measurement, and int64 `[batch, new_tokens]`, what was generated."""
+    device = model.device
+    experts: dict[str, str] = {}
+    prefill_peak: list[int | None] = []
+
+    def at_token(number: int) -> None:
+        if number == 1:
+            prefill_peak.append(peak_bytes(device))
+            reset_peak(device)
+            # generate() has its own choice for decoding and takes it back at the end: read it meanwhile.
+            during = _experts(model)
+            if during is not None:
+                experts["decode"] = during
+
+    before_experts = _experts(model)
+    if before_experts is not None:
+        experts["prefill"] = before_experts
     gc.collect()
-    before_bytes = 0
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before_bytes = torch.cuda.memory_allocated(device)
+    synchronize(device)
+    reset_peak(device)
+    held = held_bytes(device)
     paths, backends = _counts()
-    clock = StepClock(device)
-    output = run(clock)
-    peak = (torch.cuda.max_memory_allocated(device) - before_bytes) / 2**30 if device.type == "cuda" else None
+    clock = StepClock(device, at_token=at_token)
+    output = run(model, setting, clock)
+    decode_peak, peak = peak_bytes(device), prefill_peak[0]
+    if decode_peak is not None and peak is not None:
+        peak, decode_peak = max(peak, decode_peak) - held, decode_peak - held
     paths_after, backends_after = _counts()
-    result = GenerateResult(
-        model=name,
-        attn=attn,
-        cache=cache,
-        batch=batch,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        dtype=str(model.dtype).removeprefix("torch."),
-        ttft_s=round(clock.ttft_s, 4),
-        decode_ms=round(clock.late_ms, 3),
-        tokens_per_s=round(batch * (len(clock.stamps) - 1) / (clock.stamps[-1] - clock.stamps[0]), 2),
-        peak_GiB=None if peak is None else round(peak, 3),
+    steps = len(clock.stamps) - 1
+    result = _Round(
+        ttft_s=clock.ttft_s,
+        decode_ms=clock.late_ms,
+        tokens_per_s=setting.batch * steps / (clock.stamps[-1] - clock.stamps[0]),
+        peak=peak,
+        decode_peak=decode_peak,
         cache_bytes=cache_bytes(output.past_key_values),
-        paths=_difference(paths_after, paths),
-        backends=_difference(backends_after, backends),
+        paths=difference(paths_after, paths),
+        backends=difference(backends_after, backends),
         step_ms=[round(step, 3) for step in clock.step_ms],
+        experts=experts or None,
     )
-    return result, output.sequences[:, prompt:]
+    return result, output.sequences[:, setting.prompt :]
 
 
-@dataclass
-class LayerResult:
-    """One measured decode step of one attention layer.
+def _row(model: Any, setting: Setting, rounds: Sequence[_Round]) -> GenerateResult:
+    first = rounds[0]
+    round_ms = [one.decode_ms for one in rounds]
+    peaks = [one.peak for one in rounds if one.peak is not None]
+    decode_peaks = [one.decode_peak for one in rounds if one.decode_peak is not None]
+    return GenerateResult(
+        model=setting.model,
+        attn=setting.attn,
+        cache=setting.cache,
+        batch=setting.batch,
+        prompt=setting.prompt,
+        new_tokens=setting.new_tokens,
+        prefill_chunk_size=setting.prefill_chunk_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        experts_implementation=first.experts,
+        rounds=len(rounds),
+        ttft_s=round(statistics.median(one.ttft_s for one in rounds), 4),
+        decode_ms=round(statistics.median(round_ms), 3),
+        decode_spread_ms=round(max(round_ms) - min(round_ms), 3),
+        round_ms=[round(ms, 3) for ms in round_ms],
+        tokens_per_s=round(statistics.median(one.tokens_per_s for one in rounds), 2),
+        peak_GiB=_gib(max(peaks, default=None)),
+        decode_peak_GiB=_gib(max(decode_peaks, default=None)),
+        cache_bytes=first.cache_bytes,
+        pages_GiB=round(first.cache_bytes / 2**30, 6),
+        paths=first.paths,
+        backends=first.backends,
+        step_ms=[one.step_ms for one in rounds],
+    )
 
-    Attributes:
-        ms: milliseconds per step with the device waited for, median.
-        peak_MiB: device memory beyond the layer and its cache; None off CUDA.
-    """
 
-    attn: str
-    num_heads: int
-    batch: int
-    seqlen_k: int
-    dtype: str
-    ms: float
-    peak_MiB: float | None
-    paths: dict[str, int]
-    backends: dict[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a row of a report."""
-        return asdict(self)
-
-
-def time_layer(
-    *,
-    attn: str,
-    num_heads: int,
-    batch: int,
-    seqlen_k: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    hidden_size: int = 7168,
-    steps: int = 50,
-) -> LayerResult:
-    """One new token per row through a DeepseekV3Attention with random weights, `seqlen_k` tokens in its cache.
+def time_generate(model: Any, setting: Setting, *, warmup: bool = True) -> tuple[GenerateResult, torch.Tensor]:
+    """One setting, one round.
 
     Args:
-        attn: "flash_mla" (on a PagedLatentCache), "sdpa" or "eager" (on a DynamicCache).
-        num_heads, batch, seqlen_k: of the step; the new token is taken out of the cache again, untimed. (A context
-            that grew from step to step would never find memory of its size in torch's allocator: native attention
-            then reads 33 ms for 9 at 128 heads, batch 16 x 4096 on an H200.)
-        hidden_size: columns of the layer's input (7168 in DeepSeek-V3).
-        steps: timed, after five to warm up.
+        model: a loaded model on one device.
+        warmup: generate a few tokens of the same shape first.
+    Returns: the measurement, and int64 `[batch, new_tokens]`, what was generated.
     """
-    from transformers import AutoModel, DynamicCache
+    if warmup:
+        warm_up(model, setting)
+    one, tokens = time_round(model, setting)
+    return _row(model, setting, [one]), tokens
 
-    import flash_mla
 
-    config = layer_config(num_heads, hidden_size=hidden_size, max_position_embeddings=seqlen_k + 1)
-    torch.manual_seed(0)
-    with torch.device(device):
-        # A model of one layer around it, so that the attention is found and hooked as in any other model.
-        model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attn).eval()
-        layer, rotary = model.layers[0].self_attn, model.rotary_emb
-        latent = torch.randn(batch, 1, seqlen_k, config.kv_lora_rank, dtype=dtype)
-        k_rope = torch.randn(batch, 1, seqlen_k, config.qk_rope_head_dim, dtype=dtype)
-        hidden_states = torch.randn(batch, 1, hidden_size, dtype=dtype)
-    cache: Any
-    if attn == "flash_mla":
-        cache = flash_mla.PagedLatentCache(config)
-        stored, _ = cache.update(latent, k_rope, 0)
-        stored.layer.write(stored, None)
-    else:
-        cache = DynamicCache()
-        cache.update(latent, k_rope, 0)
-    del latent, k_rope
-    position_ids = torch.full((batch, 1), seqlen_k, device=device)
-    position_embeddings = rotary(hidden_states, position_ids)
+def schedule(attns: Sequence[str], rounds: int, in_turns: bool) -> list[tuple[str, bool]]:
+    """The order of the runs of one prompt: (attention, whether torch.compile starts afresh before it).
 
-    def step() -> None:
-        layer(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            position_ids=position_ids,
-            attention_mask=None,
-            past_key_values=cache,
+    Args:
+        attns: names.
+        rounds: runs of each.
+        in_turns: a, b, a, b, starting afresh once; else a, a, b, b, starting afresh before each attention.
+    """
+    if in_turns:
+        return [(attn, not number and attn == attns[0]) for number in range(rounds) for attn in attns]
+    return [(attn, not number) for attn in attns for number in range(rounds)]
+
+
+def measure(
+    model: Any,
+    settings: Sequence[Setting],
+    *,
+    rounds: int = 1,
+    in_turns: bool | None = None,
+    warmup: bool = True,
+    profile: bool = False,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> tuple[list[GenerateResult], dict[str, str]]:
+    """All settings on one model: prompt by prompt, of each prompt all attentions; see the module for the order.
+
+    Args:
+        model: a loaded model on one device.
+        settings: equal but for prompt and attention; those of one prompt are measured together.
+        rounds: runs of each setting.
+        in_turns: whether the attentions take turns; None: under a growing cache.
+        warmup: generate a few tokens of the same shape before the first round of each.
+        profile: once all is measured, run each setting again and record `PROFILED_STEPS` late steps of the device.
+        report: takes a line as each setting is done.
+    Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice.
+    """
+    rows: dict[Setting, GenerateResult] = {}
+    failed: dict[str, str] = {}
+    for prompt in dict.fromkeys(setting.prompt for setting in settings):
+        by_attn = {setting.attn: setting for setting in settings if setting.prompt == prompt}
+        turns = settings[0].cache == "dynamic" if in_turns is None else in_turns
+        done: dict[str, list[_Round]] = {attn: [] for attn in by_attn}
+        tokens: dict[str, torch.Tensor] = {}
+        for attn, afresh in schedule(list(by_attn), rounds, turns):
+            setting = by_attn[attn]
+            if _name(setting) in failed:
+                continue
+            if afresh:
+                start_afresh(model)
+            try:
+                if warmup and not done[attn]:
+                    warm_up(model, setting)
+                one, tokens[attn] = time_round(model, setting)
+                done[attn].append(one)
+            except torch.OutOfMemoryError as error:
+                failed[_name(setting)] = str(error)
+        for attn, setting in by_attn.items():
+            if _name(setting) in failed:
+                continue
+            row = rows[setting] = _row(model, setting, done[attn])
+            reference = next(iter(by_attn))
+            if attn != reference and reference in tokens:
+                row.identical_rows = int((tokens[attn] == tokens[reference]).all(dim=1).sum())
+            report(f"{_name(setting)}: {row.decode_ms:.3f} ms/token")
+    # Afterwards: what the profiler leaves in the driver makes later launches dearer.
+    if profile:
+        for setting, row in rows.items():
+            row.device_time = profile_generate(model, setting)
+    return [rows[setting] for setting in settings if setting in rows], failed
+
+
+def _name(setting: Setting) -> str:
+    return f"{setting.attn}, prompt {setting.prompt}"
+
+
+def start_afresh(model: Any) -> None:
+    """Forget compiled graphs and give unused memory back."""
+    torch._dynamo.reset()
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def profile_generate(model: Any, setting: Setting) -> dict[str, Any]:
+    """Device time per step of the last `PROFILED_STEPS` steps of one more call; see `bench.device_time`.
+
+    Under "static" on a GPU the steps are replays of a CUDA graph: only groups known by kernel name are found.
+
+    Raises: ValueError: too few new tokens for the first steps, which compile and record, to be over by then.
+    """
+    if setting.new_tokens < MIN_PROFILED_TOKENS:
+        raise ValueError(
+            f"flash-mla bench: a profile needs new_tokens >= {MIN_PROFILED_TOKENS}, got {setting.new_tokens}"
         )
+    if setting.cache == "static":
+        start_afresh(model)
+    profiler = StepProfiler(absorb_gemms(model.config.get_text_config(decoder=True), setting.batch))
+    found: dict[str, Any] = {}
 
-    paths, backends = _counts()
-    times = []
-    peak = None
-    with torch.no_grad():
-        for number in range(WARMUP_STEPS + steps):
-            if number == WARMUP_STEPS and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                held = torch.cuda.memory_allocated(device)
-            synchronize(device)
-            begin = time.perf_counter()
-            step()
-            synchronize(device)
-            times.append((time.perf_counter() - begin) * 1e3)
-            cache.crop(-1)
-        if device.type == "cuda":
-            peak = round((torch.cuda.max_memory_allocated(device) - held) / 2**20, 1)
-    paths_after, backends_after = _counts()
-    return LayerResult(
-        attn=attn,
-        num_heads=num_heads,
-        batch=batch,
-        seqlen_k=seqlen_k,
-        dtype=str(dtype).removeprefix("torch."),
-        ms=round(statistics.median(times[WARMUP_STEPS:]), 4),
-        peak_MiB=peak,
-        paths=_difference(paths_after, paths),
-        backends=_difference(backends_after, backends),
-    )
+    def at_token(number: int) -> None:
+        if number == setting.new_tokens - PROFILED_STEPS:
+            profiler.start()
+        elif number == setting.new_tokens:
+            found.update(profiler.stop())
+
+    run(model, setting, StepClock(model.device, at_token=at_token))
+    return found

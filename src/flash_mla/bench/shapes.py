@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMED", "build_model", "build_named", "layer_config"]
+__all__ = ["NAMED", "build_model", "build_named", "layer_config", "named_config"]
 
 # The published dimensions of deepseek-ai/DeepSeek-V2-Lite: 15.7 B parameters, 31 GB in bf16.
 V2_LITE: dict[str, Any] = {
@@ -33,6 +33,46 @@ V2_LITE: dict[str, Any] = {
     "max_position_embeddings": 163840,
 }
 
+# The published dimensions of zai-org/GLM-4.7-Flash: 29.9 B parameters, 60 GB in bf16.
+GLM_4_7_FLASH: dict[str, Any] = {
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "max_position_embeddings": 202752,
+}
+
+# The published dimensions of openbmb/MiniCPM3-4B: 4.1 B parameters, 8 GB in bf16, no experts.
+MINICPM3: dict[str, Any] = {
+    "vocab_size": 73448,
+    "hidden_size": 2560,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "max_position_embeddings": 32768,
+}
+
 # Small enough for a CPU; latents as in the tiny checkpoint, so that every backend takes them.
 TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -57,15 +97,40 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 65536,
 }
 
-NAMED = {"v2-lite": V2_LITE, "tiny": TINY}
+# Name -> (model type in Transformers, dimensions).
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2-lite": ("deepseek_v2", V2_LITE),
+    "glm-4.7-flash": ("glm4_moe_lite", GLM_4_7_FLASH),
+    "minicpm3": ("minicpm3", MINICPM3),
+    "tiny": ("deepseek_v2", TINY),
+}
+
+
+def named_config(name: str) -> Any:
+    """Config of a named shape.
+
+    Raises: ImportError: the installed Transformers does not have its family.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, dims = NAMED[name]
+    if model_type not in CONFIG_MAPPING:
+        raise ImportError(
+            f"flash-mla bench: the shape {name!r} needs a Transformers with the model type {model_type!r}, "
+            f"{transformers.__version__} does not have it: pip install -U transformers"
+        )
+    return CONFIG_MAPPING[model_type](**dims)
 
 
 def build_named(name: str, *, dtype: torch.dtype, device: torch.device, attn_implementation: str) -> Any:
-    """A DeepSeek-V2 model of a named shape with random weights, made directly on `device` in `dtype`."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.deepseek_v2 import DeepseekV2Config
+    """A model of a named shape with random weights, made directly on `device` in `dtype`.
 
-    config = DeepseekV2Config(**NAMED[name])
+    Raises: ImportError: the installed Transformers does not have its family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = named_config(name)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     return model.eval()

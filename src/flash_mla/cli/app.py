@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -177,88 +177,185 @@ def _backends(names: str | None) -> list[str | None]:
     return [*chosen]
 
 
-def _stop(message: str) -> None:
+def _stop(message: str) -> NoReturn:
     typer.echo(message, err=True)
     raise typer.Exit(1)
 
 
 @bench.command()
 def generate(
-    model: Annotated[str, typer.Option(help="Hub id, path, or a random shape: v2-lite, v3-layer, tiny.")] = "tiny",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens per row; for v3-layer, tokens in the cache.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(min=3)] = 32,
-    attn: Annotated[Attention, typer.Option()] = Attention.flash_mla,
-    cache: Annotated[CacheKind, typer.Option()] = CacheKind.dynamic,
-    baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, v3-layer, tiny.")
+    ] = "tiny",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    prompt: Annotated[
+        str, typer.Option(help="Tokens per row, with commas between; for v3-layer, tokens in the cache.")
+    ] = "1024",
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate per row.")] = 32,
+    attn: Annotated[Attention, typer.Option(help="Attention to measure.")] = Attention.flash_mla,
+    cache: Annotated[CacheKind, typer.Option(help="Growing, or of fixed capacity and compiled.")] = CacheKind.dynamic,
+    baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too, to divide by.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per attention and prompt; the figure is their median.")] = 1,
+    turns: Annotated[
+        bool | None, typer.Option(help="Attentions take turns, round by round. Default: with a dynamic cache.")
+    ] = None,
     experts: Annotated[str | None, typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")] = None,
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt per forward. Default: all at once.")
+    ] = None,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads of v3-layer.")] = 128,
     hidden_size: Annotated[int, typer.Option(min=1, help="Input columns of v3-layer.")] = 7168,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
     warmup: Annotated[bool, typer.Option(help="Run a few steps of the same shape first.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also record us of device time per step by kernel (4 late steps; CUDA).")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
-    """Time `generate()` step by step: TTFT, late-step median, tokens/s, peak memory, cache bytes, paths taken."""
+    """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
+    from ..bench import generate as bench_generate
+    from ..bench.context import compare
+    from ..bench.plots import draw_generate, require_matplotlib
     from ..bench.report import machine, write_report
-    from .tables import generate_table, layer_table, ran
+    from ..bench.shapes import build_model
+    from .tables import device_time_table, generate_table, ran
 
-    where, kind = _device(device), _dtype(dtype, device)
+    where, kind, prompts = _device(device), _dtype(dtype, device), _lengths(prompt)
     names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
+    if profile and where.type != "cuda":
+        raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
+    if profile and model != "v3-layer" and new_tokens < bench_generate.MIN_PROFILED_TOKENS:
+        least = f"needs --new-tokens >= {bench_generate.MIN_PROFILED_TOKENS}, got {new_tokens}"
+        raise typer.BadParameter(least, param_hint="--profile")
+    if plot is not None:
+        if model == "v3-layer":
+            raise typer.BadParameter("draws generate() on a model, got v3-layer", param_hint="--plot")
+        try:
+            require_matplotlib()  # before minutes are spent
+        except ImportError as error:
+            _stop(f"ImportError: {error}")
     head = machine(where)
     if model == "v3-layer":
-        from ..bench.generate import time_layer
-
-        layers = [
-            time_layer(
-                attn=name,
-                num_heads=num_heads,
-                batch=batch,
-                seqlen_k=prompt,
-                device=where,
-                dtype=kind,
-                hidden_size=hidden_size,
-            )
-            for name in names
-        ]
-        console.print(layer_table(layers, head["device"]))
-        for layer in layers:
-            typer.echo(ran(layer))
-        report = {**head, "what": "decode step of one DeepseekV3Attention", "rows": [row.to_json() for row in layers]}
-        typer.echo(f"wrote {write_report(out, f'layer-h{num_heads}-b{batch}-k{prompt}', report)}")
+        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out)
         return
-
-    from ..bench.generate import time_generate
-    from ..bench.shapes import build_model
-
-    loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+    try:
+        loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+    except ImportError as error:
+        _stop(f"ImportError: {error}")
     if experts is not None:
         loaded.set_experts_implementation(experts)
-    rows, tokens = [], []
-    for name in names:
-        torch._dynamo.reset()  # a compiled forward of the attention before would be kept and its memory counted
-        row, generated = time_generate(
-            loaded,
-            name=model,
-            attn=name,
-            cache=cache.value,
-            batch=batch,
-            prompt=prompt,
-            new_tokens=new_tokens,
-            warmup=warmup,
-        )
-        rows.append(row)
-        tokens.append(generated)
-    console.print(generate_table(rows, head["device"]))
-    for row in rows:
-        typer.echo(ran(row))
-    report = {**head, "what": "generate(), greedy", "experts": experts, "rows": [row.to_json() for row in rows]}
-    if len(tokens) == 2:
-        same = int((tokens[0] == tokens[1]).all(dim=1).sum())
-        report["rows_with_identical_tokens"] = same
-        typer.echo(f"{same} of {batch} rows have identical tokens")
-    stem = f"generate-{Path(model).name}-b{batch}-p{prompt}-{cache.value}"
+    settings = [
+        bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
+        for length in prompts
+        for name in names
+    ]
+    in_turns = cache is CacheKind.dynamic if turns is None else turns
+    results, failed = bench_generate.measure(
+        loaded,
+        settings,
+        rounds=rounds,
+        in_turns=in_turns,
+        warmup=warmup,
+        profile=profile,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    against = names[1] if len(names) > 1 else None
+    rows = compare([result.to_json() for result in results], against)
+    if rows:
+        console.print(generate_table(rows, head["device"], against))
+    if profile and results:
+        console.print(device_time_table(results))
+    for result in results:
+        typer.echo(ran(result))
+    for result in results:
+        if result.identical_rows is not None:
+            typer.echo(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "generate(), greedy; method: flash_mla.bench.generate",
+        "baseline": against,
+        "experts": experts,
+        "rounds_in_turns": in_turns,
+        "rows": rows,
+        "not_measured": failed,
+    }
+    stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
     typer.echo(f"wrote {write_report(out, stem, report)}")
+    if plot is not None and rows:
+        for path in draw_generate(report, plot):
+            typer.echo(f"wrote {path}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _layers(
+    names: list[str],
+    prompts: list[int],
+    num_heads: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    profile: bool,
+    out: Path,
+) -> None:
+    from ..bench.layer import time_layer
+    from ..bench.report import machine, write_report
+    from .tables import device_time_table, layer_table, ran
+
+    head = machine(device)
+    layers, failed = [], dict[str, str]()
+    for length in prompts:
+        for name in names:
+            try:
+                layer = time_layer(
+                    attn=name,
+                    num_heads=num_heads,
+                    batch=batch,
+                    prompt=length,
+                    device=device,
+                    dtype=dtype,
+                    hidden_size=hidden_size,
+                    profile=profile,
+                )
+            except torch.OutOfMemoryError as error:
+                failed[f"{name}, prompt {length}"] = str(error)
+            else:
+                layers.append(layer)
+    if layers:
+        console.print(layer_table(layers, head["device"]))
+    if profile and layers:
+        console.print(device_time_table(layers))
+    for layer in layers:
+        typer.echo(ran(layer))
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "decode step of one DeepseekV3Attention; method: flash_mla.bench.layer",
+        "rows": [row.to_json() for row in layers],
+        "not_measured": failed,
+    }
+    stem = f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _lengths(text: str) -> list[int]:
+    """Prompt lengths of an option, in their order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise typer.BadParameter(
+            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint="--prompt"
+        )
+    return [int(part) for part in parts]
 
 
 def _device(name: str | None) -> torch.device:

@@ -9,9 +9,10 @@ from rich.table import Table
 from ..bench.figures import FLAGGED
 
 if TYPE_CHECKING:
-    from ..bench.generate import GenerateResult, LayerResult
+    from ..bench.generate import GenerateResult
+    from ..bench.layer import LayerResult
 
-__all__ = ["class_table", "generate_table", "kernel_table", "layer_table", "losses", "ran"]
+__all__ = ["class_table", "device_time_table", "generate_table", "kernel_table", "layer_table", "losses", "ran"]
 
 
 def _table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
@@ -24,30 +25,36 @@ def _table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
 def ran(row: GenerateResult | LayerResult) -> str:
     """One line: which of our paths and backends this row used."""
     counts = {**row.paths, **row.backends}
-    return f"{row.attn}: " + (", ".join(f"{name} {count}" for name, count in counts.items()) or "not ours")
+    return f"{row.attn}, prompt {row.prompt}: " + (
+        ", ".join(f"{name} {count}" for name, count in counts.items()) or "not ours"
+    )
 
 
-def generate_table(rows: list[GenerateResult], device: str) -> Table:
-    """Measured `generate()` calls; the first row is set against the others."""
+def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None) -> Table:
+    """Measured `generate()` calls from `bench.context.compare`; a ratio below 1 is faster than the baseline."""
     first = rows[0]
+    several = first["rounds"] > 1
+    columns = ("prompt", "attn", "TTFT s", "ms/token", *(("spread ms",) * several), "tokens/s")
+    columns += ("peak GiB", "decode peak GiB", "cache GiB")
+    columns += ("/ baseline", *(("spread",) * several)) * (baseline is not None)
+    columns += ("context ms", *(("+-",) * several))
     table = _table(
-        f"{first.model}: batch {first.batch}, prompt {first.prompt}, {first.new_tokens} new tokens, "
-        f"{first.dtype}, {device}",
-        ("attn", "cache", "TTFT s", "ms/token", "tokens/s", "peak GiB", "cache MiB"),
+        f"{first['model']}: batch {first['batch']}, {first['new_tokens']} new tokens, {first['cache']} cache, "
+        f"{first['dtype']}, {device}",
+        columns,
         2,
     )
     for row in rows:
-        table.add_row(
-            row.attn,
-            row.cache,
-            f"{row.ttft_s:.3f}",
-            f"{row.decode_ms:.2f}",
-            f"{row.tokens_per_s:.1f}",
-            "-" if row.peak_GiB is None else f"{row.peak_GiB:.2f}",
-            f"{row.cache_bytes / 2**20:.2f}",
-        )
-    if len(rows) > 1:
-        table.caption = f"{rows[1].attn} / {first.attn}: {rows[1].decode_ms / first.decode_ms:.2f}x the time per token"
+        cells = [str(row["prompt"]), row["attn"], f"{row['ttft_s']:.3f}", f"{row['decode_ms']:.2f}"]
+        cells += [f"{row['decode_spread_ms']:.2f}"] * several + [f"{row['tokens_per_s']:.1f}"]
+        cells += [_number(row["peak_GiB"], 2), _number(row["decode_peak_GiB"], 2), f"{row['pages_GiB']:.3g}"]
+        if baseline is not None:
+            cells += [_number(row["ratio"], 3), *([_number(row["ratio_spread"], 3)] * several)]
+        cells += [_number(row["context_ms"], 2), *([_number(row["context_spread_ms"], 2)] * several)]
+        table.add_row(*cells)
+    table.caption = "ms/token: median of late steps, all rows at once; context ms: more than at the shortest prompt"
+    if baseline is not None:
+        table.caption += f"; / baseline: ms/token over {baseline}'s"
     return table
 
 
@@ -55,13 +62,29 @@ def layer_table(rows: list[LayerResult], device: str) -> Table:
     """Measured decode steps of one attention layer."""
     first = rows[0]
     table = _table(
-        f"DeepseekV3Attention, {first.num_heads} heads: batch {first.batch}, {first.seqlen_k} tokens, "
-        f"{first.dtype}, {device}",
-        ("attn", "ms/step", "peak MiB"),
-        1,
+        f"DeepseekV3Attention, {first.num_heads} heads: batch {first.batch}, {first.dtype}, {device}",
+        ("context", "attn", "ms/step", "ms/step in a CUDA graph", "peak MiB"),
+        2,
     )
     for row in rows:
-        table.add_row(row.attn, f"{row.ms:.3f}", "-" if row.peak_MiB is None else f"{row.peak_MiB:.1f}")
+        graph = row.graph_reason if row.graph_ms is None else f"{row.graph_ms:.3f}"
+        table.add_row(str(row.seqlen_k), row.attn, f"{row.ms:.3f}", graph, _number(row.peak_MiB, 1))
+    return table
+
+
+def device_time_table(rows: list[GenerateResult] | list[LayerResult]) -> Table:
+    """Device time per step, of all kernels and of our own by group: microseconds busy (number of kernels)."""
+    from ..bench.device_time import GROUPS
+
+    table = _table("device time per step: us busy (kernels)", ("prompt", "attn", "all", *GROUPS), 2)
+
+    def cell(part: dict[str, float] | None) -> str:
+        return "-" if part is None else f"{part['busy_us']:.1f} ({part['kernels']:g})"
+
+    for row in rows:
+        if row.device_time is not None:
+            groups = [cell(row.device_time["groups"].get(group)) for group in GROUPS]
+            table.add_row(str(row.prompt), row.attn, cell(row.device_time), *groups)
     return table
 
 
