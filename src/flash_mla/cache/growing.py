@@ -45,7 +45,7 @@ class GrowingState(PagedState):
         self.slots = torch.zeros((batch, 0), dtype=torch.int64, device=self.device)
         self.history = None
         self.seen = 0
-        self._uploaded: list[list[int]] = []  # what block_table was made from
+        self._uploaded: tuple[int, int] | None = None  # version and rows of what block_table was made from
 
     @property
     def num_blocks(self) -> int:
@@ -107,13 +107,14 @@ class GrowingState(PagedState):
 
     def _upload_table(self) -> None:
         rows = self.pages.rows
-        if rows == self._uploaded:
+        made_from = (self.pages.version, self.prompt_repeats)
+        if made_from == self._uploaded:
             return
         width = max(1, *(len(pages) for pages in rows)) if len(rows) > 1 else max(1, len(rows[0]))
         padded = [pages + [0] * (width - len(pages)) for pages in rows]
         table = _to_device(padded, torch.int32, self.device)
         self.block_table = table.repeat_interleave(self.prompt_repeats, 0) if self.prompt_repeats > 1 else table
-        self._uploaded = [list(pages) for pages in rows]
+        self._uploaded = made_from
 
     def part_prompts(self) -> None:
         """End the phase in which groups of rows share their prompt: from now on each row has a table row of its own."""

@@ -30,6 +30,7 @@ class PageTable:
     Attributes:
         round_up: set where pools grow without a copy: pages that a pool has room for anyway once it has room for that
             many. None where growing copies.
+        version: another number whenever the pages of some row are others than before.
     """
 
     def __init__(self, block_size: int, num_rows: int, num_blocks: int = 1) -> None:
@@ -39,6 +40,7 @@ class PageTable:
         self.at_most = [0] * num_rows
         self.num_blocks = num_blocks
         self.round_up: Callable[[int], int] | None = None
+        self.version = 0
         self.reference_counts = [1] + [0] * (num_blocks - 1)
         self._free = list(range(num_blocks - 1, 0, -1))  # popped from the end: low page numbers first
         # Whether a page may have two rows. Without a fork none has, and no row need be searched for one: where a padded
@@ -54,15 +56,17 @@ class PageTable:
         """Pages that `extend` would take from the free list, copies of shared pages included."""
         needed = 0
         taken: dict[int, int] = {}  # shared page -> rows that copy it away in this call
-        for row, new in enumerate(at_most_new):
-            if new <= 0:
-                continue
-            for index in self._pages_to_write(row):
-                page = self.rows[row][index]
-                if self.reference_counts[page] - taken.get(page, 0) > 1:
-                    taken[page] = taken.get(page, 0) + 1
-                    needed += 1
-            needed += max(0, pages_for(self.at_most[row] + new, self.block_size) - len(self.rows[row]))
+        # Once per decode step for every row: 16 rows take 4 µs without a fork.
+        for pages, held, new in zip(self.rows, self.at_most, at_most_new, strict=True):
+            if new > 0:
+                needed += max(0, -(-(held + new) // self.block_size) - len(pages))
+        if self._forked:
+            for row, new in enumerate(at_most_new):
+                for index in self._pages_to_write(row) if new > 0 else ():
+                    page = self.rows[row][index]
+                    if self.reference_counts[page] - taken.get(page, 0) > 1:
+                        taken[page] = taken.get(page, 0) + 1
+                        needed += 1
         return needed
 
     def extend(self, at_least_new: Sequence[int], at_most_new: Sequence[int]) -> list[tuple[int, int]]:
@@ -76,7 +80,13 @@ class PageTable:
             at_least_new, at_most_new: bounds of the new tokens of each row (equal when the host knows them).
         Returns: page copies (source, destination) to be made before anything is written.
         """
-        missing = self.blocks_needed(at_most_new) - len(self._free)
+        needed = self.blocks_needed(at_most_new)
+        if needed == 0:
+            self.at_least = [held + new for held, new in zip(self.at_least, at_least_new, strict=True)]
+            self.at_most = [held + max(0, new) for held, new in zip(self.at_most, at_most_new, strict=True)]
+            return []
+        self.version += 1
+        missing = needed - len(self._free)
         if missing > 0:
             if self.round_up is not None:
                 self._grow(self.round_up(self.num_blocks + missing))
@@ -111,14 +121,18 @@ class PageTable:
 
     def truncate(self, row: int, num_tokens: int) -> None:
         """Keep at most the first `num_tokens` tokens of `row`; whole pages beyond them lose this row's reference."""
-        for page in self.rows[row][pages_for(num_tokens, self.block_size) :]:
-            self._release(page)
-        del self.rows[row][pages_for(num_tokens, self.block_size) :]
+        beyond = self.rows[row][pages_for(num_tokens, self.block_size) :]
+        if beyond:
+            self.version += 1
+            for page in beyond:
+                self._release(page)
+            del self.rows[row][-len(beyond) :]
         self.at_most[row] = min(self.at_most[row], num_tokens)
         self.at_least[row] = min(self.at_least[row], num_tokens)
 
     def select(self, indices: Sequence[int]) -> None:
         """Row i becomes a copy of what row `indices[i]` was; pages are shared, nothing is copied yet."""
+        self.version += 1
         self._forked = self._forked or len(set(indices)) < len(indices)
         rows = [list(self.rows[index]) for index in indices]
         for pages in rows:
