@@ -141,3 +141,65 @@ def test_the_rows_of_a_fully_padded_query_are_finite():
         out = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, output_hidden_states=True)
     assert all(torch.isfinite(hidden).all() for hidden in out.hidden_states)
     assert cache.memory_report().tokens_used == int(mask.sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("max_cache_len", [None, 256], ids=["growing", "fixed"])
+def test_a_decode_step_never_waits_for_the_device(max_cache_len, padded):
+    """70 steps, so every row takes a new page; growing pools take new memory at the first of them."""
+    ids, mask = prompts()
+    if not padded:
+        ids, mask = ids.clamp(min=3), torch.ones_like(mask)
+    model = make(torch.bfloat16, "flash_mla")
+    cache = flash_mla.PagedLatentCache(model.config, max_cache_len=max_cache_len)
+    width = ids.shape[1]
+    model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    whole = torch.cat((mask, mask.new_ones(3, 80)), dim=1)
+    positions = whole.cumsum(1) - 1
+    token = ids[:, -1:]
+    model(  # kernels are loaded and pages mapped in a step of their own
+        token, attention_mask=whole[:, : width + 1], position_ids=positions[:, width : width + 1], past_key_values=cache
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for end in range(width + 2, width + 72):
+            out = model(
+                token,
+                attention_mask=whole[:, :end] if padded else None,
+                position_ids=positions[:, end - 1 : end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cache.validate()
+    assert cache.memory_report().tokens_used == int(mask.sum()) + 3 * 71
+
+
+@torch.no_grad()
+def test_launches_of_a_decode_step():
+    """Per layer append (with the rotated columns of q), decode (and its merge) and two products; the rest is the
+    model's own: as many kernels as the native step has without its expansion. Per forward slots and plan."""
+    ids, _ = prompts()
+    model = make(torch.bfloat16, "flash_mla")
+    cache = flash_mla.PagedLatentCache(model.config)
+    model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    for step in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model(ids[:, PROMPT + step : PROMPT + step + 1], past_key_values=cache, use_cache=True)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    layers = 3
+
+    def count(part: str) -> int:
+        return sum(part in name for name in names)
+
+    if BACKEND == "cuda":
+        assert (count("append_rows"), count("next_slots"), count("plan_splits")) == (layers, 1, 1)
+        assert count("flash_fwd_splitkv") == layers
+        assert count("flash_fwd_mla_combine") <= layers
+    # Copies of q or of the output would be among these; the rotary embedding and the norms have the others.
+    assert count("CatArrayBatchedCopy") <= 2 * layers + 2, [name for name in names if "Cat" in name]

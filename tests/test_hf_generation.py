@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from tiny_models import (
 from transformers import DynamicCache, StaticCache
 
 import flash_mla
-from flash_mla import PagedLatentCache
+from flash_mla import PagedLatentCache, ops
+from flash_mla.hf import attention
 
 LAYERS = 3
 STEPS = NEW_TOKENS - 1
@@ -88,6 +90,22 @@ def test_sequences_of_one_prompt_share_its_pages(models, options):
     # Three copies of each prompt would be 3 * 3 + 3 * 2 = 15.
     assert report.pages_allocated <= 2 + 1 + 6
     assert report.tokens_used == 3 * (130 + 100) + 6 * STEPS
+
+
+@pytest.mark.parametrize("implementation", [None, "static"], ids=["growing", "fixed"])
+def test_slots_and_plan_are_made_once_per_forward(models, implementation, monkeypatch):
+    """Not once per layer; a GPU plans, so the CPU is made to."""
+    made = Counter()
+
+    def count(name):
+        real = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, **kwargs: made.update([name]) or real(*args, **kwargs))
+
+    count("next_slots")
+    count("plan_splits")
+    monkeypatch.setattr(attention, "_plans", lambda q: True)
+    ours_like_eager(models, prompt(), cache_implementation=implementation)
+    assert made == {"next_slots": 1 + STEPS, "plan_splits": STEPS}
 
 
 @pytest.mark.parametrize("lengths", [(61, 61, 61), (61, 40, 57)], ids=["unpadded", "left-padded"])
