@@ -134,7 +134,7 @@ def test_beyond_its_addresses_it_shows_the_same_memory_elsewhere(monkeypatch: py
     assert torch.equal(new[: len(old)], wanted + 1)
     del old
     new.add_(1)
-    assert torch.equal(new[: len(wanted)], wanted + 2)
+    assert torch.equal(new[: len(wanted)], (wanted + 1) + 1)  # rounded twice, as there
 
 
 def test_memory_is_given_back_to_the_device() -> None:

@@ -70,6 +70,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         # that it dies with the generation; the key says which numbers and adapters it was made from.
         self.absorbed_key: object = None
         self.absorbed: torch.Tensor | None = None
+        # What the last decode step found out for the next one (hf/step.py).
+        self.step: Any = None
 
     @property
     def is_compileable(self) -> bool:
@@ -196,6 +198,11 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             q_rope=q_rope,
             backend=self.group.backend,
         )
+        self.stored()
+
+    def stored(self) -> None:
+        """Note that this layer has the new tokens: a forward that stops before the last layer is found out by that."""
+        assert self.state is not None
         if not torch.compiler.is_compiling():
             self.state.num_written += 1
 

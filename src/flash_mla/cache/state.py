@@ -7,6 +7,7 @@ The first paged layer of a forward (the leader) advances the state; the others r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -53,6 +54,8 @@ class PagedState(ABC):
         self.history: torch.Tensor | None = None
         self.copies: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plan: SplitPlan | None = None
+        # What the layers' steps write into one after the other (hf/step.py), by shape and stream.
+        self.buffers: dict[Any, Any] = {}
         self.context_len: int | None = 0
         self.context_seqlens: torch.Tensor | None = None
         self.has_context = False

@@ -21,6 +21,7 @@ from .. import ops
 from ..cache import Latents, PagedLatentLayer
 from ..cache.state import PagedState
 from ..contract import UnsupportedError
+from . import step
 from .absorb import absorbed_weights, expanded_by_us
 from .paths import record
 from .sdpa import sdpa
@@ -97,7 +98,13 @@ def _paged(
     if mask is None:
         state.padding_unknown = False
     covers_context = mask is not None and mask.shape[-1] != seqlen_q
-    layer.begin(new, None if mask is None else _real_tokens(mask, layer, query.shape[0], seqlen_q))
+    # The leader alone moves the state on; the others need not know which tokens are padding.
+    says = mask if layer.is_leader else None
+    layer.begin(new, None if says is None else _real_tokens(says, layer, query.shape[0], seqlen_q))
+    if seqlen_q == 1 and not covers_context and not torch.compiler.is_compiling():
+        out = _decode_step(module, query, new, scaling)
+        if out is not None:
+            return out, None
     if seqlen_q > 1 and not state.had_context:
         layer.absorbed = layer.absorbed_key = None  # a new prompt: what was stored may be of other weights
     # A compiled step cannot make what it lacks: with fixed capacity the prompt's forward prepares it.
@@ -153,6 +160,8 @@ def _check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor
 def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen_q: int) -> torch.Tensor:
     """Which new tokens are not padding, bool `[batch, seqlen_q]`: those that some new query may see."""
     assert layer.state is not None
+    if mask.shape[1:] == (1, 1, 1):  # a decode step's
+        return _as_bool(mask).view(-1, 1).expand(batch, 1)
     visible = _as_bool(mask).any(1)
     if mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
         # A mask over the whole capacity: the new columns begin at the present length. The leader has not moved it on
@@ -215,6 +224,23 @@ def _sliced(
     return over_context(module, query, new, mask, scaling, expand, context)
 
 
+def _decode_step(module: Any, query: torch.Tensor, new: Latents, scaling: float) -> torch.Tensor | None:
+    """One token per request on a plain weight, by what the step before found out; None where that cannot be."""
+    layer = new.layer
+    found: step.Step | None = layer.step
+    if found is None or not found.fits(module, layer, query, new):
+        weights = absorbed_weights(module, layer, new.latent)
+        found = layer.step = None if weights is None else step.prepare(module, query, new, weights, causal=False)
+        if found is None:
+            return None
+    record(module.config.model_type, "absorbed")
+    plan = _plan(layer, found.buffer.q, causal=False)
+    if not torch.is_grad_enabled():
+        return step.run(found, query, new, plan, scaling)
+    with torch.no_grad():
+        return step.run(found, query, new, plan, scaling)
+
+
 def _absorbed(
     module: Any,
     query: torch.Tensor,
@@ -227,30 +253,8 @@ def _absorbed(
     layer, state = new.layer, new.layer.state
     assert state is not None and layer.kv_cache is not None
     w_uk, w_uv = weights
-    # In a graph the compiler plans the buffers; a product "into" a part of one would cost it a copy.
-    in_place = not torch.compiler.is_compiling() and query.dtype == w_uk.dtype == layer.kv_cache.dtype
-    if in_place:
-        q_nope, q_rope = query.detach().split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
-        q = _absorbed_in_place(q_nope, w_uk.detach(), layer.kv_cache.shape[-1])
-        layer.store(new, q, q_rope.transpose(1, 2))
-    else:
-        layer.store(new)
-        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
-    plan = None
-    if _plans(q):
-        if state.plan is None or (state.plan.seqlen_q, state.plan.num_heads) != tuple(q.shape[1:3]):
-            state.plan = ops.plan_splits(
-                q,
-                layer.kv_cache,
-                state.block_table,
-                state.cache_seqlens,
-                kv_lora_rank=layer.kv_lora_rank,
-                causal=causal,
-                backend=layer.group.backend,
-            )
-        plan = state.plan
-        if torch.compiler.is_compiling() and layer.index == state.last_index:
-            state.plan = None  # a tensor of the graph's own: nothing of it may be kept when the graph ends
+    layer.store(new)
+    q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
     out, _ = ops.decode(
         q,
         layer.kv_cache,
@@ -259,12 +263,32 @@ def _absorbed(
         kv_lora_rank=layer.kv_lora_rank,
         softmax_scale=scaling,
         causal=causal,
-        plan=plan,
+        plan=_plan(layer, q, causal),
         backend=layer.group.backend,
     )
-    if in_place:
-        return _unabsorbed_in_place(out, w_uv.detach())
     return _unabsorbed(out, w_uv).to(query.dtype)
+
+
+def _plan(layer: PagedLatentLayer, q: torch.Tensor, causal: bool) -> ops.SplitPlan | None:
+    """The split plan of this forward, made by its first layer; None where decode does not want one."""
+    state = layer.state
+    assert state is not None and layer.kv_cache is not None
+    if not _plans(q):
+        return None
+    plan = state.plan
+    if plan is None or (plan.seqlen_q, plan.num_heads) != tuple(q.shape[1:3]):
+        plan = state.plan = ops.plan_splits(
+            q,
+            layer.kv_cache,
+            state.block_table,
+            state.cache_seqlens,
+            kv_lora_rank=layer.kv_lora_rank,
+            causal=causal,
+            backend=layer.group.backend,
+        )
+    if torch.compiler.is_compiling() and layer.index == state.last_index:
+        state.plan = None  # a tensor of the graph's own: nothing of it may be kept when the graph ends
+    return plan
 
 
 def _absorbed_query(query: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: int) -> torch.Tensor:
@@ -277,28 +301,6 @@ def _absorbed_query(query: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: i
 def _unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
     """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV."""
     return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype))
-
-
-def _absorbed_in_place(q_nope: torch.Tensor, w_uk: torch.Tensor, d_qk: int) -> torch.Tensor:
-    """`[batch, seqlen_q, num_heads, d_qk]` whose first columns are q_nope W_UK; the rest is left to `layer.store`.
-
-    One launch: cuBLAS walks the heads of a transposed query and writes rows that lie `num_heads * d_qk` apart.
-    """
-    batch, num_heads, seqlen_q, head_dim = q_nope.shape
-    q = q_nope.new_empty((batch, seqlen_q, num_heads, d_qk))
-    rows = q_nope.transpose(0, 1).reshape(num_heads, batch * seqlen_q, head_dim)  # a view of one token per request
-    latent = q.view(batch * seqlen_q, num_heads, d_qk)[..., : w_uk.shape[-1]]
-    torch.bmm(rows, w_uk, out=latent.transpose(0, 1))
-    return q
-
-
-def _unabsorbed_in_place(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
-    """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV, contiguous in the order that `o_proj` takes."""
-    batch, seqlen_q, num_heads, rank = out.shape
-    result = out.new_empty((batch, seqlen_q, num_heads, w_uv.shape[1]))
-    rows = result.view(batch * seqlen_q, num_heads, w_uv.shape[1])
-    torch.bmm(out.view(batch * seqlen_q, num_heads, rank).transpose(0, 1), w_uv.mT, out=rows.transpose(0, 1))
-    return result
 
 
 def _plans(q: torch.Tensor) -> bool:

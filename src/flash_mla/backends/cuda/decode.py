@@ -16,7 +16,7 @@ import torch
 
 from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, fixed_slots
 from . import driver
-from .params import COMBINE, DECODE
+from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, TENSOR_MAP_BYTES
 
 __all__ = ["decode", "decode_refusals", "num_slots", "runs_on", "workspace_bytes"]
 
@@ -40,6 +40,7 @@ LOG2_E = math.log2(math.e)
 # row. Up to these numbers there are 528 CTAs or fewer at 512 columns: four for each of an H200's 132 SMs, one wave.
 MERGED_BY_64, MERGED_BY_128, MERGED_BY_ROW = 66, 132, 528
 ROW_THREADS, WARP_THREADS = 256, 128
+MOST_PREPARED = 1024  # calls; a cache of 61 layers takes as many
 
 
 class _PerThread(threading.local):
@@ -48,6 +49,8 @@ class _PerThread(threading.local):
     def __init__(self) -> None:
         self.decode = ctypes.create_string_buffer(DECODE.size)
         self.combine = ctypes.create_string_buffer(COMBINE.size)
+        self.decode_bytes = memoryview(self.decode).cast("B")
+        self.combine_bytes = memoryview(self.combine).cast("B")
 
 
 _thread = _PerThread()
@@ -226,7 +229,7 @@ def decode(
 
     A `q` that TMA cannot walk is copied (see `_walkable`); the pool never is.
     """
-    device = q.device
+    device, device_index = q.device, call.device_index
     out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=device)
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=device)
     if call.batch == 0:
@@ -237,41 +240,88 @@ def decode(
         from .plan import plan
 
         items, splits = plan(cache_seqlens, num_slots(call))
-    device_index = call.device_index
-    rows = _walkable(q, call.h_kv)
-    stream = driver.raw_stream(device_index)
-    row_tiles, tiles = _tiles(call)
     slots = items.shape[0] - call.batch
+    key = (call, q.data_ptr(), kv_cache.data_ptr(), cache_seqlens.stride(0), slots, softmax_scale)
+    prepared = driver.memo.get(key)
+    if prepared is None:
+        rows = _walkable(q, call.h_kv)
+        prepared = _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, softmax_scale)
+        if rows.data_ptr() == q.data_ptr():  # a copy lies elsewhere the next time
+            if len(driver.memo) >= MOST_PREPARED:
+                driver.memo.clear()
+            driver.memo[key] = prepared
+    o_partial = partial_sums = 0
+    if prepared.workspace_bytes:
+        workspace = _workspace(device, prepared.workspace_bytes)
+        o_partial = workspace.data_ptr()
+        partial_sums = o_partial + prepared.sums_offset
+    stream = driver.raw_stream(device_index)
+    pointers = (out.data_ptr(), lse.data_ptr(), o_partial, partial_sums)
+    first_item, first_split = items.data_ptr(), splits.data_ptr()
+    form, thread = prepared.form, _thread
+    kernel = driver.function(device_index, form.file, form.name, form.shared_bytes)
+    for piece in prepared.pieces:
+        at_items = first_item + piece.items_offset
+        thread.decode_bytes[:] = piece.decode
+        addresses = (*pointers, at_items, first_split, block_table.data_ptr(), cache_seqlens.data_ptr())
+        DECODE_ADDRESSES.pack_into(thread.decode, 2 * TENSOR_MAP_BYTES, *addresses)
+        driver.launch(
+            device_index, kernel, piece.grid, THREADS, form.shared_bytes, stream, thread.decode, programmatic=True
+        )
+        if piece.merge is not None:
+            thread.combine_bytes[:] = piece.combine
+            COMBINE_ADDRESSES.pack_into(thread.combine, 0, *pointers, at_items, first_split)
+            merge = driver.function(device_index, "combine", piece.merge)
+            driver.launch(
+                device_index, merge, piece.merge_grid, piece.merge_threads, 0, stream, thread.combine, programmatic=True
+            )
+    return out, lse
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One launch and its merge: parameters whose addresses, those of the maps apart, are still 0."""
+
+    decode: bytes
+    grid: tuple[int, int, int]
+    items_offset: int  # bytes
+    merge: str | None = None
+    combine: bytes = b""
+    merge_grid: tuple[int, int, int] = (0, 0, 0)
+    merge_threads: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything of a call that the next one over the same tensors needs again: a decode step of one layer."""
+
+    form: _Form
+    pieces: list[_Piece]
+    workspace_bytes: int  # 0: nothing can be cut
+    sums_offset: int  # of the partial log-sums in the workspace, bytes
+
+
+def _prepare(
+    call: DecodeCall, rows: torch.Tensor, kv_cache: torch.Tensor, seqlens_stride: int, slots: int, softmax_scale: float
+) -> _Prepared:
+    row_tiles, tiles = _tiles(call)
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
     form = _form(call)
-    q_map = _tensor_map(call, rows, form.q_rows, -(-q.shape[3] // TILE_COLUMNS))
+    q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
     # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
     kv_map = _tensor_map(call, kv_cache, box_rows, form.kv_tiles if box_rows == PLAN_BLOCK else 1)
     # With one slot nothing can be cut.
     may_cut = slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
     pieces = _pieces(call, slots) if may_cut else [(0, call.batch, 0, slots)]
-    o_partial = partial_sums = 0
-    if may_cut:
-        most = max(piece_slots for *_, piece_slots in pieces)
-        workspace = _workspace(device, workspace_bytes(call, most))
-        o_partial = workspace.data_ptr()
-        partial_sums = o_partial + 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 2
-    kernel = driver.function(device_index, form.file, form.name, form.shared_bytes)
+    made = []
     for first_request, num_requests, first_slot, piece_slots in pieces:
-        pointers = (out.data_ptr(), lse.data_ptr(), o_partial, partial_sums)
-        DECODE.pack_into(
-            _thread.decode,
-            0,
+        decode = DECODE.pack(
             q_map,
             kv_map,
-            *pointers,
-            items.data_ptr() + first_slot * 16,
-            splits.data_ptr(),
-            block_table.data_ptr(),
-            cache_seqlens.data_ptr(),
-            *block_table.stride(),
-            cache_seqlens.stride(0),
+            *(0,) * 8,
+            *call.block_table_strides,
+            seqlens_stride,
             softmax_scale * LOG2_E,
             call.batch,
             call.max_blocks,
@@ -285,12 +335,12 @@ def decode(
             box_rows,
             call.causal and call.seqlen_q > 1,
         )
-        grid = (piece_slots * tiles, 1, 1)
-        driver.launch(device_index, kernel, grid, THREADS, form.shared_bytes, stream, _thread.decode, programmatic=True)
-        if may_cut:
-            offsets = (first_request, first_slot)
-            _combine(call, pointers, items, splits, num_requests, piece_slots, offsets, stream)
-    return out, lse
+        launch = (decode, (piece_slots * tiles, 1, 1), first_slot * 16)
+        merge = _merge(call, form, num_requests, piece_slots, (first_request, first_slot)) if may_cut else ()
+        made.append(_Piece(*launch, *merge))
+    most = max(piece_slots for *_, piece_slots in pieces)
+    size = workspace_bytes(call, most) if may_cut else 0
+    return _Prepared(form, made, size, 2 * most * call.seqlen_q * call.num_heads * call.kv_lora_rank * 2)
 
 
 def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
@@ -311,46 +361,26 @@ def _pieces(call: DecodeCall, slots: int) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _combine(
-    call: DecodeCall,
-    pointers: tuple[int, int, int, int],
-    items: torch.Tensor,
-    splits: torch.Tensor,
-    num_requests: int,
-    slots: int,
-    offsets: tuple[int, int],
-    stream: int,
-) -> None:
-    """Merge what was cut. CTAs are counted by requests or by slots, whichever is fewer."""
+def _merge(
+    call: DecodeCall, form: _Form, num_requests: int, slots: int, offsets: tuple[int, int]
+) -> tuple[str, bytes, tuple[int, int, int], int]:
+    """Kernel, parameters without addresses, grid and threads of the merge of what was cut.
+
+    CTAs are counted by requests or by slots, whichever is fewer. Offsets: first request, first slot.
+    """
     rows = call.seqlen_q * call.num_heads
     by_slot = slots < num_requests
     groups = slots if by_slot else num_requests
-    if call.deterministic:
-        form = "warp"  # the others add the parts in other orders
-    elif groups * rows <= MERGED_BY_64:
-        form, grid = "columns64", (groups, rows, call.kv_lora_rank // 64)
-    elif groups * rows <= MERGED_BY_128:
-        form, grid = "columns128", (groups, rows, call.kv_lora_rank // 128)
-    elif groups * rows <= MERGED_BY_ROW:
-        form, grid = "row", (groups, rows, 1)
-    else:
-        form = "warp"
-    threads = ROW_THREADS
-    if form == "warp":
+    grid, threads = (groups, rows, 1), ROW_THREADS
+    if call.deterministic or groups * rows > MERGED_BY_ROW:  # the others add the parts in other orders
+        how = "warp"
         # In x alone: y ends at 65,535.
         grid, threads = (groups * -(-rows * 32 // WARP_THREADS), 1, 1), WARP_THREADS
-    COMBINE.pack_into(
-        _thread.combine,
-        0,
-        *pointers,
-        items.data_ptr() + offsets[1] * 16,
-        splits.data_ptr(),
-        by_slot,
-        *offsets,
-        call.seqlen_q,
-        call.num_heads,
-        slots,
-    )
-    name = f"flash_fwd_mla_combine_kernel_{form}_{_form(call).merge}"
-    kernel = driver.function(call.device_index, "combine", name)
-    driver.launch(call.device_index, kernel, grid, threads, 0, stream, _thread.combine, programmatic=True)
+    elif groups * rows <= MERGED_BY_64:
+        how, grid = "columns64", (groups, rows, call.kv_lora_rank // 64)
+    elif groups * rows <= MERGED_BY_128:
+        how, grid = "columns128", (groups, rows, call.kv_lora_rank // 128)
+    else:
+        how = "row"
+    combine = COMBINE.pack(*(0,) * 6, by_slot, *offsets, call.seqlen_q, call.num_heads, slots)
+    return f"flash_fwd_mla_combine_kernel_{how}_{form.merge}", combine, grid, threads

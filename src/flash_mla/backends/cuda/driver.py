@@ -133,13 +133,17 @@ _names: dict[int, str] = {}
 _shared_memory: dict[tuple[int, int], int] = {}
 
 
+# What backends keep from call to call of what they found out here (tensor maps, packed parameters), by keys of theirs.
+memo: dict[Any, Any] = {}
+
+
 def reset() -> None:
     """Forget the library and everything that was loaded or found out through it; for tests."""
     with _lock:
         found_out = (_driver, no_driver, unavailable, attribute, total_bytes, _device, _primary_context, tensor_map)
         for cached in found_out:
             cached.cache_clear()
-        for known in (_libraries, _kernels, _functions, _names, _shared_memory):
+        for known in (_libraries, _kernels, _functions, _names, _shared_memory, memo):
             known.clear()
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["COMBINE", "COMBINE_FIELDS", "DECODE", "DECODE_FIELDS", "TENSOR_MAP_BYTES"]
+__all__ = [
+    "COMBINE",
+    "COMBINE_ADDRESSES",
+    "COMBINE_FIELDS",
+    "DECODE",
+    "DECODE_ADDRESSES",
+    "DECODE_FIELDS",
+    "TENSOR_MAP_BYTES",
+]
 
 TENSOR_MAP_BYTES = 128
 
@@ -54,3 +62,6 @@ _used = struct.calcsize(f"={2 * TENSOR_MAP_BYTES}s{_fields}")
 DECODE = struct.Struct(f"={TENSOR_MAP_BYTES}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
 _fields = "".join(code for _, code in COMBINE_FIELDS)
 COMBINE = struct.Struct(f"={_fields}{-struct.calcsize(f'={_fields}') % 8}x")
+# The addresses alone, which differ from call to call: behind the tensor maps, and at the beginning.
+DECODE_ADDRESSES = struct.Struct("=8Q")
+COMBINE_ADDRESSES = struct.Struct("=6Q")

@@ -1,0 +1,213 @@
+"""A decode step of one layer in five launches and little of the host's time: what the step before found out is kept.
+
+The product with W_UK writes into the query, `append` puts the rotated columns beside it and the new latents into their
+page, then the kernel and its merge, then the product with W_UV. Shapes, strides, backends and the views of the weights
+are the same from step to step, so they are looked at once. On a host that needs 20 µs for a launch, a layer of
+DeepSeek-V2-Lite waits for the host and not for the GPU until batches are large.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..cache import Latents, PagedLatentLayer
+from ..cache.state import PagedState
+
+__all__ = ["Step", "prepare", "run"]
+
+
+# Shape, strides and offset of a view of the weight.
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is the same in the next decode step of a layer, and by what one knows that it is.
+
+    Attributes:
+        linear: `kv_b_proj`, not kept alive: the cache may outlive the model.
+        weight: shape and dtype of its weight, which is contiguous.
+        kv_cache: the pool.
+        signature: shapes, strides and dtypes of what comes anew with every step.
+        checked: both calls with their backends.
+        w_uk: shape, strides and offset of W_UK `[num_heads, qk_nope_head_dim, kv_lora_rank]` in the weight.
+        w_uv: the same of W_UV `[num_heads, kv_lora_rank, v_head_dim]`.
+        buffer: takes the query.
+    """
+
+    linear: weakref.ref[nn.Linear]
+    weight: tuple[torch.Size, torch.dtype]
+    kv_cache: torch.Tensor
+    signature: tuple[Any, ...]
+    checked: ops.CheckedStep
+    w_uk: Place
+    w_uv: Place
+    buffer: Query
+
+    def fits(self, module: Any, layer: PagedLatentLayer, query: torch.Tensor, new: Latents) -> bool:
+        """Whether this is still how the layer's step goes: nothing was hooked, adapted, grown or given anew."""
+        linear = self.linear()
+        if linear is None or module.kv_b_proj is not linear or type(linear) is not nn.Linear:
+            return False
+        weight = linear._parameters["weight"]
+        return (
+            not linear._forward_hooks
+            and not linear._forward_pre_hooks
+            and "forward" not in linear.__dict__
+            and type(weight) is nn.Parameter
+            and (weight.shape, weight.dtype) == self.weight
+            and weight.is_contiguous()
+            and linear._parameters["bias"] is None
+            and layer.kv_cache is self.kv_cache
+            and _signature(query, new) == self.signature
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied cache finds it out anew."""
+        return
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class Query:
+    """The absorbed query of every layer in turn, `[batch, seqlen_q, num_heads, d_qk]`: a stream runs one after another.
+
+    `latent` is its part for the product with W_UK, `[num_heads, batch * seqlen_q, kv_lora_rank]`.
+    """
+
+    q: torch.Tensor
+    latent: torch.Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing in it outlasts a layer's step."""
+        return
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _signature(query: torch.Tensor, new: Latents) -> tuple[Any, ...]:
+    state = new.layer.state
+    assert state is not None
+    latent, table = new.latent, state.block_table
+    stream = torch._C._cuda_getCurrentRawStream(query.get_device()) if query.is_cuda else 0
+    return (
+        query.shape,
+        query.stride(),
+        query.dtype,
+        latent.shape,
+        latent.dtype,
+        new.k_rope.dtype,
+        table.shape,
+        table.stride(),
+        state.cache_seqlens.stride(),
+        stream,
+    )
+
+
+def _buffer(state: PagedState, query: torch.Tensor, stream: int, kv_lora_rank: int, d_qk: int) -> Query:
+    batch, num_heads, seqlen_q, _ = query.shape
+    key = (batch, seqlen_q, num_heads, d_qk, query.dtype, stream)
+    found = state.buffers.get(key)
+    if isinstance(found, Query):
+        return found
+    with torch.inference_mode(False):  # written in place later, in whatever mode
+        q = torch.empty((batch, seqlen_q, num_heads, d_qk), dtype=query.dtype, device=query.device)
+    rows = q.view(batch * seqlen_q, num_heads, d_qk)[..., :kv_lora_rank]
+    made = Query(q, rows.transpose(0, 1))
+    state.buffers.clear()  # a batch of another size does not come back often
+    state.buffers[key] = made
+    return made
+
+
+def prepare(
+    module: Any,
+    query: torch.Tensor,
+    new: Latents,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    causal: bool,
+) -> Step | None:
+    """What the next steps of this layer need, or None where the weight is not a plain one that can be looked through.
+
+    Args:
+        module: the attention module.
+        query: `[batch, num_heads, seqlen_q, head_dim]`, one token per request (or one request).
+        new: its latents.
+        weights: W_UK and W_UV, views of `module.kv_b_proj.weight`.
+    """
+    layer, state = new.layer, new.layer.state
+    assert state is not None and layer.kv_cache is not None
+    linear, kv_cache, (w_uk, w_uv) = module.kv_b_proj, layer.kv_cache, weights
+    weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+    if type(weight) is not nn.Parameter or not weight.is_contiguous() or w_uk.data_ptr() != weight.data_ptr():
+        return None
+    if not query.dtype == weight.dtype == kv_cache.dtype == new.latent.dtype == new.k_rope.dtype:
+        return None
+    signature = _signature(query, new)
+    buffer = _buffer(state, query, signature[-1], layer.kv_lora_rank, kv_cache.shape[-1])
+    checked = ops.check_step(
+        buffer.q,
+        query[..., module.qk_nope_head_dim :].transpose(1, 2),
+        kv_cache,
+        new.latent.transpose(1, 2),
+        new.k_rope.transpose(1, 2),
+        state.slots,
+        state.block_table,
+        state.cache_seqlens,
+        kv_lora_rank=layer.kv_lora_rank,
+        causal=causal,
+        backend=layer.group.backend,
+    )
+    begin = int(weight.storage_offset())
+
+    def place(view: torch.Tensor) -> Place:
+        return tuple(view.shape), view.stride(), int(view.storage_offset()) - begin
+
+    form = (weight.shape, weight.dtype)
+    return Step(weakref.ref(linear), form, kv_cache, signature, checked, place(w_uk), place(w_uv.mT), buffer)
+
+
+def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | None, scaling: float) -> torch.Tensor:
+    """Store the new tokens and attend; `[batch, seqlen_q, num_heads, v_head_dim]`, contiguous.
+
+    The caller sees to it that no gradient is wanted.
+    """
+    state, q = new.layer.state, step.buffer.q
+    linear = step.linear()
+    assert state is not None and linear is not None
+    weight = linear.weight
+    (num_heads, nope, rank), strides, _ = step.w_uk
+    w_uk = weight.as_strided((num_heads, nope, rank), strides, weight.storage_offset())
+    # A view where there is one token per request; cuBLAS walks the heads of a transposed query.
+    rows = query[..., :nope].transpose(0, 1).flatten(1, 2)
+    torch.bmm(rows, w_uk, out=step.buffer.latent)
+    step.checked.append(
+        step.kv_cache,
+        new.latent.transpose(1, 2),
+        new.k_rope.transpose(1, 2),
+        state.slots,
+        q,
+        query[..., nope:].transpose(1, 2),
+    )
+    new.layer.stored()
+    out = step.checked.decode(q, step.kv_cache, state.block_table, state.cache_seqlens, plan, scaling)
+    batch, seqlen_q = q.shape[:2]
+    shape, strides, offset = step.w_uv
+    w_uv = weight.as_strided(shape, strides, weight.storage_offset() + offset)
+    result = out.new_empty((batch, seqlen_q, num_heads, shape[2]))
+    torch.bmm(
+        out.view(-1, num_heads, rank).transpose(0, 1), w_uv, out=result.view(-1, num_heads, shape[2]).transpose(0, 1)
+    )
+    return result

@@ -1,0 +1,225 @@
+"""What a decode step keeps for the next one, and everything that must make it look again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from tiny_models import NEW_TOKENS, build, greedy, pair, prompt
+from transformers import DynamicCache
+
+from flash_mla import PagedLatentCache, ops
+from flash_mla.hf import step
+
+LAYERS = 3
+
+
+@pytest.fixture
+def models():
+    return pair("deepseek_v3")
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Calls of `prepare`."""
+    calls = []
+    real = step.prepare
+    monkeypatch.setattr(step, "prepare", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+class Decoding:
+    """Both models side by side, token by token, from the same random ids; each step's logits are compared."""
+
+    def __init__(self, models, batch=2, length=20):
+        self.models = models
+        self.caches = [DynamicCache(config=models[0].config), PagedLatentCache(models[1].config, 16)]
+        self.generator = torch.Generator().manual_seed(3)
+        self.length = 0
+        self.step(batch, length)
+
+    def step(self, batch=2, length=1):
+        ids = torch.randint(3, 90, (batch, length), generator=self.generator)
+        logits = []
+        for model, cache in zip(self.models, self.caches, strict=True):
+            with torch.no_grad():
+                logits.append(model(ids, past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+        self.length += length
+
+
+def test_a_layer_looks_once(models, looked):
+    assert NEW_TOKENS > 3
+    greedy(models[1], prompt(), cache_implementation="static")  # whose pool never grows
+    assert len(looked) == LAYERS
+
+
+def test_a_grown_pool_makes_it_look_again(models, looked):
+    decoding = Decoding(models, length=30)
+    decoding.step()
+    assert len(looked) == LAYERS
+    for _ in range(5):  # 2 rows of 30 to 36 tokens in pages of 16
+        decoding.step()
+    assert len(looked) == 2 * LAYERS
+
+
+def test_a_pool_that_grows_under_the_same_table(models):
+    """Rows of 26 and 14 tokens in pages of 16: the third step gives the shorter row a page, the table stays as wide."""
+    eager, ours = models
+    inputs = prompt((26, 14))
+    wanted = greedy(eager, inputs, 6)
+    assert torch.equal(greedy(ours, inputs, 6, past_key_values=PagedLatentCache(ours.config, 16)), wanted)
+
+
+def test_a_batch_of_another_size(models, looked):
+    decoding = Decoding(models)
+    decoding.step()
+    for cache in decoding.caches:
+        cache.batch_select_indices(torch.tensor([1]))
+    decoding.step(batch=1)
+    decoding.step(batch=1)
+    assert len(looked) == 2 * LAYERS
+
+
+def on_both(decoding, act):
+    for model in decoding.models:
+        for layer in model.model.layers:
+            act(layer.self_attn)
+
+
+@torch.no_grad()
+def scale(attention):
+    attention.kv_b_proj.weight.mul_(1.5)
+
+
+def move(attention):
+    attention.kv_b_proj.weight.data = attention.kv_b_proj.weight.data.flip(0).contiguous()
+
+
+def transpose(attention):
+    attention.kv_b_proj.weight.data = attention.kv_b_proj.weight.data.t().contiguous().t()
+
+
+def replace(attention):
+    other = torch.nn.Linear(*reversed(attention.kv_b_proj.weight.shape), bias=False)
+    with torch.no_grad():
+        other.weight.copy_(attention.kv_b_proj.weight.flip(1))
+    attention.__dict__["kept"] = attention.kv_b_proj  # alive, so that its weak reference still finds it
+    attention.kv_b_proj = other
+
+
+def add_bias(attention):
+    attention.kv_b_proj.bias = torch.nn.Parameter(torch.linspace(-1, 1, attention.kv_b_proj.weight.shape[0]))
+
+
+def hook(attention):
+    attention.kv_b_proj.register_forward_hook(lambda module, args, output: output * 1.25)
+
+
+def hook_before(attention):
+    attention.kv_b_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0.75,))
+
+
+def own_forward(attention):
+    linear = attention.kv_b_proj
+    linear.forward = lambda latent: torch.nn.functional.linear(latent, linear.weight * 0.5)
+
+
+def parametrize(attention):
+    class Half(torch.nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    torch.nn.utils.parametrize.register_parametrization(attention.kv_b_proj, "weight", Half())
+
+
+@pytest.mark.parametrize(
+    "change", [scale, move, transpose, replace, add_bias, hook, hook_before, own_forward, parametrize]
+)
+def test_a_changed_projection_is_seen_in_the_next_step(models, change):
+    decoding = Decoding(models)
+    decoding.step()
+    on_both(decoding, change)
+    decoding.step()
+    decoding.step()
+
+
+def test_with_gradients_enabled(models):
+    """A forward of one's own without no_grad: the paged cache keeps no gradient, and nothing of it asks for one."""
+    ours = models[1]
+    cache = PagedLatentCache(ours.config, 16)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    outputs = [ours(part, past_key_values=cache, use_cache=True).logits for part in (ids[:, :7], ids[:, 7:8])]
+    again = ours(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+    assert not cache.layers[0].kv_cache.requires_grad
+    with torch.no_grad():
+        right = models[0](ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat((*outputs, again), 1), right, rtol=1e-4, atol=1e-4)
+
+
+def test_between_inference_mode_and_no_grad(models):
+    decoding = Decoding(models)
+    with torch.inference_mode():
+        decoding.step()
+    decoding.step()
+    with torch.inference_mode():
+        decoding.step()
+
+
+def test_a_cache_does_not_keep_the_model():
+    model = build("deepseek_v3", "flash_mla")
+    output = model.generate(**prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    linear = weakref.ref(model.model.layers[0].self_attn.kv_b_proj)
+    del model
+    gc.collect()
+    assert output.past_key_values.layers[0].step is not None
+    assert linear() is None
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copied_cache_looks_for_itself(models, how):
+    decoding = Decoding(models)
+    decoding.step()
+    old = decoding.caches[1]
+    clone = how(old)
+    assert clone.layers[0].step is None
+    assert not any(
+        isinstance(value, step.Query) for value in clone.group.states[clone.layers[0].device].buffers.values()
+    )
+    decoding.caches[1] = clone
+    clone.group.config = decoding.models[1].config
+    decoding.step()
+    decoding.step()
+
+
+def test_layers_share_one_query(models):
+    decoding = Decoding(models)
+    decoding.step()
+    buffers = {id(layer.step.buffer.q) for layer in decoding.caches[1].paged_layers}
+    assert len(buffers) == 1
+
+
+def test_checked_calls_are_those_of_the_ops(models, monkeypatch):
+    """The short way launches what `ops.append` and `ops.decode` would have launched."""
+    seen = []
+    real = ops.BACKENDS["torch"].decode
+    monkeypatch.setattr(ops.BACKENDS["torch"], "decode", lambda call, *rest: seen.append(call) or real(call, *rest))
+    decoding = Decoding(models)
+    decoding.step()
+    decoding.step()
+    layer = decoding.caches[1].layers[0]
+    q = layer.step.buffer.q
+    ops.decode(
+        q,
+        layer.kv_cache,
+        layer.state.block_table,
+        layer.state.cache_seqlens,
+        kv_lora_rank=layer.kv_lora_rank,
+        softmax_scale=1.0,
+        causal=False,
+    )
+    assert seen[-1] == seen[0] == seen[LAYERS]
