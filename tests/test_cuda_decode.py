@@ -449,6 +449,71 @@ def test_the_form_of_the_merge_follows_its_rows(form: str, by_slot: bool, record
         assert (merge.grid[0], fields["by_slot"]) == (groups * ctas, by_slot)
 
 
+# --- what is kept from call to call -----------------------------------------------------------------------------------
+
+
+def launched(recorded: Recorded, *arguments: object) -> list[dict[str, int]]:
+    """Fields of the launches of one call, without the addresses of what it allocates."""
+    del recorded.fake.launches[:]
+    host.decode(*arguments)
+    own = ("out", "lse", "o_partial", "partial_sums")
+    return [{k: v for k, v in fields.items() if k not in own} for fields in recorded.decodes() + recorded.combines()]
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "scale", "q", "pool", "lengths' stride", "slots", "causal", "table", "lengths", "a copied q"]
+)
+def test_a_call_is_launched_as_if_it_were_the_first(what: str, recorded: Recorded) -> None:
+    """Whatever a call shares with the one before it, its parameters are its own."""
+    recorded.computes = False
+    problem = small(Case("kept", (130, 64, 7), num_heads=3, seqlen_q=2))
+    call = on_hopper(problem)
+    plan = plan_of(problem, 7)
+    q, kv_cache, block_table, lengths = problem.arguments()
+    arguments = [call, q, kv_cache, block_table, lengths, 0.5, *plan]
+    launched(recorded, *arguments)
+    if what == "scale":
+        arguments[5] = 0.25
+    elif what == "q":
+        arguments[1] = q.clone()
+    elif what == "pool":
+        arguments[2] = kv_cache.clone()
+    elif what == "lengths' stride":
+        arguments[4] = torch.stack((lengths, lengths), dim=1)[:, 0]
+    elif what == "slots":
+        other = plan_of(problem, 9)
+        arguments[6:] = other
+    elif what == "causal":
+        arguments[0] = dataclasses.replace(call, causal=False)
+    elif what == "table":
+        arguments[3] = torch.cat((block_table, block_table), dim=1)
+        arguments[0] = dataclasses.replace(
+            call, max_blocks=arguments[3].shape[1], block_table_strides=arguments[3].stride()
+        )
+    elif what == "lengths":
+        arguments[4] = lengths.clone()
+    elif what == "a copied q":  # columns apart: the copy lies elsewhere every time, what it is made of does not
+        arguments[1] = q.transpose(2, 3).contiguous().transpose(2, 3)
+        arguments[0] = dataclasses.replace(call, q_strides=arguments[1].stride())
+        kept = len(driver.memo)
+        launched(recorded, *arguments)
+        assert len(driver.memo) == kept
+        return
+    found = launched(recorded, *arguments)
+    driver.memo.clear()
+    assert found == launched(recorded, *arguments)
+
+
+def test_no_more_is_kept_than_said(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.computes = False
+    monkeypatch.setattr(host, "MOST_PREPARED", 3)
+    problem = small(Case("kept", (130,), num_heads=3))
+    plan = plan_of(problem, 2)
+    for number in range(8):
+        host.decode(on_hopper(problem), *problem.arguments(), number + 1.0, *plan)
+        assert len(driver.memo) <= 3
+
+
 # --- deterministic plans and memory -----------------------------------------------------------------------------------
 
 

@@ -172,3 +172,25 @@ def test_the_oldest_account_is_closed(lost, monkeypatch):
     for seqlen in (10, 11, 12, 10, 13):
         sdpa._wants_plan(*shaped(1, seqlen), True, calls=1)
     assert [shape[4] for shape in lost] == [12, 10, 13]
+
+
+def test_cudnn_is_switched_on_again_whoever_comes_last(monkeypatch):
+    """Two threads whose calls overlap: the second to leave puts back what the user had, not what it found."""
+    switch = [True]
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: switch.__setitem__(0, on))
+    first, second = sdpa._without_cudnn(), sdpa._without_cudnn()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert switch == [False]
+    second.__exit__(None, None, None)
+    assert switch == [True]
+
+
+def test_layers_seen_coming_are_all_of_the_model(models, monkeypatch):
+    """From the first layer of the first prompt on, when the others have not joined yet."""
+    calls = []
+    monkeypatch.setattr(sdpa, "_may_plan", lambda query: True)
+    monkeypatch.setattr(sdpa, "_wants_plan", lambda *args: calls.append(args[-1]) or True)
+    greedy(models[1], prompt())
+    assert calls == [LAYERS] * LAYERS

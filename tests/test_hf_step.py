@@ -9,10 +9,11 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from tiny_models import NEW_TOKENS, build, greedy, pair, prompt
 from transformers import DynamicCache
 
-from flash_mla import PagedLatentCache, ops
+from flash_mla import PagedLatentCache, UnsupportedError, ops
 from flash_mla.hf import step
 
 LAYERS = 3
@@ -137,8 +138,12 @@ def parametrize(attention):
     torch.nn.utils.parametrize.register_parametrization(attention.kv_b_proj, "weight", Half())
 
 
+def prune(attention):
+    torch.nn.utils.prune.l1_unstructured(attention.kv_b_proj, "weight", 0.3)
+
+
 @pytest.mark.parametrize(
-    "change", [scale, move, transpose, replace, add_bias, hook, hook_before, own_forward, parametrize]
+    "change", [prune, scale, move, transpose, replace, add_bias, hook, hook_before, own_forward, parametrize]
 )
 def test_a_changed_projection_is_seen_in_the_next_step(models, change):
     decoding = Decoding(models)
@@ -146,6 +151,69 @@ def test_a_changed_projection_is_seen_in_the_next_step(models, change):
     on_both(decoding, change)
     decoding.step()
     decoding.step()
+
+
+def test_every_step_has_the_calls_of_its_own_tensors(models, monkeypatch):
+    """Whatever is kept says what looking anew would: shapes, strides, backends, whatever a cache goes through."""
+    runs = []
+    real = step.run
+
+    def checked(found, query, new, plan, scaling):
+        layer, state = new.layer, new.layer.state
+        now = ops.check_step(
+            found.buffer.q,
+            query[..., found.w_uk[0][1] :].transpose(1, 2),
+            layer.kv_cache,
+            new.latent.transpose(1, 2),
+            new.k_rope.transpose(1, 2),
+            state.slots,
+            state.block_table,
+            state.cache_seqlens,
+            kv_lora_rank=layer.kv_lora_rank,
+            causal=False,
+            backend=layer.group.backend,
+        )
+        assert now == found.checked
+        runs.append(1)
+        return real(found, query, new, plan, scaling)
+
+    monkeypatch.setattr(step, "run", checked)
+    ours = models[1]
+    for capacity in (None, 200):
+        decoding = Decoding((models[0], ours), length=90)
+        decoding.caches[1] = PagedLatentCache(ours.config, 16, capacity)
+        for length in (90, 14):  # the pool is large enough the second time, and the table widens without it
+            for cache in decoding.caches:
+                cache.reset()
+            decoding.caches[0] = DynamicCache(config=models[0].config)
+            decoding.step(length=length)
+            for _ in range(6):
+                decoding.step()
+            for cache in decoding.caches:
+                cache.crop(-3)
+            decoding.step()
+            for cache in decoding.caches:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            decoding.step()
+    assert len(runs) == 2 * 2 * 8 * LAYERS
+
+
+def test_a_pool_that_was_copied_is_let_go(models):
+    """The step holds the pool: it must not keep the old one through a long prompt of the next turn."""
+    decoding = Decoding(models)
+    decoding.step()
+    old = weakref.ref(decoding.caches[1].layers[0].kv_cache)
+    decoding.step(length=50)
+    gc.collect()
+    assert old() is None
+
+
+def test_another_backend_is_obeyed_at_once(models):
+    decoding = Decoding(models)
+    decoding.step()
+    decoding.caches[1].group.backend = "cuda"
+    with pytest.raises(UnsupportedError):
+        decoding.step()
 
 
 def test_with_gradients_enabled(models):

@@ -31,11 +31,12 @@ CPU = torch.device("cpu")
 STREAM = 0x51
 VIRTUAL = ("cuMemAddressReserve", "cuMemAddressFree", "cuMemCreate", "cuMemRelease", "cuMemMap", "cuMemSetAccess")
 VIRTUAL += ("cuMemUnmap", "cuStreamSynchronize")
+KEPT_BYTES = memory.KEPT_BYTES
 
 
 @pytest.fixture
 def install(fake_driver: Install, monkeypatch: pytest.MonkeyPatch):
-    """A fake driver whose memory torch sees as CPU tensors; nothing of it may be left over."""
+    """A fake driver whose memory torch sees as CPU tensors; nothing is kept, and nothing of it may be left over."""
     fakes = []
     found_out = (memory.granule, memory.refusal, pool._grows_in_place)
 
@@ -43,6 +44,7 @@ def install(fake_driver: Install, monkeypatch: pytest.MonkeyPatch):
         for cached in found_out:
             cached.cache_clear()
         memory._pending.clear()
+        memory._kept.clear()
         memory._held.clear()
         memory._peak.clear()
 
@@ -52,13 +54,14 @@ def install(fake_driver: Install, monkeypatch: pytest.MonkeyPatch):
 
     forget()
     monkeypatch.setattr(memory, "_as_tensor", cpu_tensor)
+    monkeypatch.setattr(memory, "KEPT_BYTES", 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     yield make
     gc.collect()
     for fake in fakes:
         fake.capturing.clear()
-        memory.release_pending()
+        memory.release_kept()
         assert (fake.reserved, fake.physical, fake.mapped) == ({}, {}, {}), "everything is given back"
         assert fake.contexts == []
     forget()
@@ -69,6 +72,26 @@ def in_place(install: Install, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """Pools of CPU tensors grow in place."""
     monkeypatch.setattr(pool, "_grows_in_place", lambda device: True)
     return install(granule=SMALL)
+
+
+@pytest.fixture
+def keeping(install: Install, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Dropped memory is kept, as outside of tests."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", KEPT_BYTES)
+    return install
+
+
+def dropped(*sizes: int) -> list[int]:
+    """Addresses of memory of so many bytes, all made before the first is dropped, then dropped in this order."""
+    made = [memory.GrowingMemory(CPU, size) for size in sizes]
+    addresses = [one.address for one in made]
+    while made:
+        made.pop(0)
+    return addresses
+
+
+def on_stream(monkeypatch: pytest.MonkeyPatch, stream: int) -> None:
+    monkeypatch.setattr(driver, "raw_stream", lambda index: stream)
 
 
 def virtual(fake: FakeDriver) -> list[str]:
@@ -346,6 +369,262 @@ def test_nothing_is_called_at_shutdown() -> None:
     assert (out.stdout, out.stderr) == ("called\n", "")
 
 
+# --- keeping ----------------------------------------------------------------------------------------------------------
+
+
+def test_small_memory_is_used_again_without_a_call(keeping: Install) -> None:
+    fake = keeping()
+    made = memory.GrowingMemory(CPU, 1)
+    made.grow(2 * GRANULE)
+    address = made.address
+    made.tensor((2 * GRANULE,), torch.uint8).fill_(0xFF)
+    fake.calls.clear()
+    del made
+    assert (memory.held_bytes(0), memory.kept_bytes(0)) == (2 * GRANULE, 2 * GRANULE)
+    again = memory.GrowingMemory(CPU, 3)
+    assert virtual(fake) == []
+    assert (again.address, again.num_bytes) == (address, 2 * GRANULE)
+    assert (memory.held_bytes(0), memory.kept_bytes(0)) == (2 * GRANULE, 0)
+    again.grow(GRANULE + 1)
+    assert virtual(fake) == [], "what is mapped is enough"
+    assert again.tensor((2 * GRANULE,), torch.uint8).count_nonzero() == 0, "the last owner's bytes"
+    again.grow(3 * GRANULE)
+    assert virtual(fake) == ["cuMemCreate", "cuMemMap", "cuMemSetAccess"]
+    assert again.address == address
+    assert len({memory.GrowingMemory(CPU, 1).address, again.address}) == 2, "given to one at a time"
+
+
+def test_a_tensor_is_enough_to_keep_memory_from_being_used_again(keeping: Install) -> None:
+    keeping()
+    made = memory.GrowingMemory(CPU, 1)
+    tensor = made.tensor((8,), torch.float32)[2:].fill_(7)
+    del made
+    assert memory.kept_bytes(0) == 0
+    other = memory.GrowingMemory(CPU, 1)
+    other.tensor((8,), torch.float32).fill_(3)
+    assert tensor.tolist() == [7.0] * 6
+    del tensor
+    assert memory.kept_bytes(0) == GRANULE
+
+
+def test_what_is_kept_has_a_limit(keeping: Install, monkeypatch) -> None:
+    assert KEPT_BYTES == 256 * MIB
+    fake = keeping()
+    monkeypatch.setattr(memory, "KEPT_BYTES", 5 * GRANULE)
+    dropped(2 * GRANULE, 3 * GRANULE, GRANULE)
+    assert (memory.kept_bytes(0), memory.held_bytes(0)) == (5 * GRANULE, 5 * GRANULE)
+    assert sum(size for size, _ in fake.mapped.values()) == 5 * GRANULE, "the third is given back at once"
+    assert len(fake.called("cuStreamSynchronize")) == 1
+    memory.GrowingMemory(torch.device("cpu", 1), 1)
+    assert memory.kept_bytes(1) == GRANULE, "a limit per device"
+
+
+@pytest.mark.parametrize(
+    ("need", "found"),
+    [
+        (1, 0),  # the smallest of three that fit
+        (GRANULE + 1, 1),
+        (4 * GRANULE, 2),
+        (4 * GRANULE + 1, None),  # none is large enough
+    ],
+)
+def test_the_smallest_that_is_large_enough_is_used(need: int, found: int | None, keeping: Install) -> None:
+    keeping()
+    large, middle, small = dropped(4 * GRANULE, 2 * GRANULE, GRANULE)
+    address = memory.GrowingMemory(CPU, need).address
+    assert address not in (large, middle, small) if found is None else address == (small, middle, large)[found]
+
+
+def test_a_small_cache_does_not_hold_large_memory(keeping: Install) -> None:
+    fake = keeping()
+    assert memory.SPARE_BYTES == 16 * MIB
+    (large,) = dropped(18 * MIB)
+    assert memory.GrowingMemory(CPU, 2 * MIB - 1).address != large, "a byte too far from what is wanted"
+    memory.release_kept()
+    (large,) = dropped(18 * MIB)
+    fake.calls.clear()
+    assert memory.GrowingMemory(CPU, 2 * MIB).address == large
+    assert virtual(fake) == []
+
+
+def test_kept_addresses_leave_the_room_to_grow_of_fresh_ones(keeping: Install) -> None:
+    fake = keeping()
+    made = memory.GrowingMemory(CPU, 60 * MIB)
+    made.grow(66 * MIB)
+    address = made.address
+    assert fake.reserved[address] == GIB
+    del made
+    fresh = memory.GrowingMemory(CPU, 65 * MIB)  # reserves 1,040 MiB
+    assert fresh.address != address
+    assert memory.GrowingMemory(CPU, 64 * MIB).address == address
+
+
+def test_other_streams_are_waited_for_before_it_is_used_again(keeping: Install, monkeypatch) -> None:
+    fake = keeping()
+    made = memory.GrowingMemory(CPU, 1)
+    on_stream(monkeypatch, 0x52)
+    del made  # most likely used there last
+    on_stream(monkeypatch, 0x53)
+    assert not fake.called("cuStreamSynchronize")
+    made = memory.GrowingMemory(CPU, 1)
+    assert sorted(fake.called("cuStreamSynchronize")) == [(STREAM,), (0x52,)]
+    fake.calls.clear()
+    del made
+    made = memory.GrowingMemory(CPU, 1)
+    assert virtual(fake) == [], "the others were waited for, and the order of a stream suffices"
+    del made
+    memory.release_kept()
+    assert fake.called("cuStreamSynchronize") == [(0x53,)]
+
+
+def test_memory_that_is_mapped_elsewhere_too_is_not_kept(keeping: Install, monkeypatch) -> None:
+    fake = keeping()
+    monkeypatch.setattr(memory, "MIN_RESERVED", GRANULE)
+    monkeypatch.setattr(memory, "RESERVED_FACTOR", 1)
+    made = memory.GrowingMemory(CPU, GRANULE)
+    before = made.tensor((GRANULE,), torch.uint8).fill_(3)
+    made.grow(2 * GRANULE)
+    after = made.tensor((2 * GRANULE,), torch.uint8)
+    del before
+    assert memory.kept_bytes(0) == 0
+    assert list(fake.reserved) == [made.address]
+    other = memory.GrowingMemory(CPU, GRANULE)
+    assert after[:GRANULE].unique().tolist() == [3]
+    del made, after, other
+    assert memory.kept_bytes(0) == 3 * GRANULE, "once no other range shows it"
+
+
+def test_in_a_capture_nothing_is_kept(keeping: Install) -> None:
+    fake = keeping()
+    made = memory.GrowingMemory(CPU, 1)
+    fake.capturing.add(STREAM)
+    del made
+    assert (memory.kept_bytes(0), memory.held_bytes(0)) == (0, GRANULE)
+    fake.capturing.clear()
+    memory.release_pending()
+    assert memory.held_bytes(0) == 0
+
+
+def test_in_a_capture_nothing_is_used_again(keeping: Install, monkeypatch) -> None:
+    fake = keeping()
+    (kept,) = dropped(1)
+    fake.capturing.add(STREAM)
+    assert memory.GrowingMemory(CPU, 1).address != kept
+    on_stream(monkeypatch, 0x52)
+    assert memory.GrowingMemory(CPU, 1).address != kept, "the stream that used it is being captured"
+    fake.capturing = {0x52}
+    assert memory.GrowingMemory(CPU, 1).address != kept, "a graph would keep the addresses"
+    assert not fake.called("cuStreamSynchronize")
+    fake.capturing.clear()
+    assert kept in fake.mapped
+
+
+def test_a_stream_that_fails_loses_its_memory_and_no_other(keeping: Install, caplog) -> None:
+    fake = keeping()
+    (kept,) = dropped(1)
+    memory._kept[0][0].streams.add(0x66)
+    fake.failing["cuStreamSynchronize"] = 700  # CUDA_ERROR_ILLEGAL_ADDRESS of an earlier kernel
+    with caplog.at_level(logging.WARNING):
+        made = memory.GrowingMemory(CPU, 1)
+    assert made.address != kept
+    assert "2097152 bytes are not given back: cuStreamSynchronize failed" in caplog.text
+    assert memory.kept_bytes(0) == 0
+    fake.failing.clear()
+    del made  # which a logged error with its traceback would keep alive
+    memory.release_kept()
+    assert list(fake.reserved) == [kept], "kernels may still use it"
+    for mapping in (fake.mapped, fake.physical, fake.reserved):
+        mapping.clear()
+
+
+def test_a_finalizer_that_keeps_never_raises(keeping: Install, caplog, capsys) -> None:
+    fake = keeping()
+    made = memory.GrowingMemory(CPU, 1)
+    fake.failing["cuStreamIsCapturing"] = INVALID_VALUE
+    with caplog.at_level(logging.WARNING):
+        del made
+    assert "2097152 bytes are not given back: cuStreamIsCapturing failed" in caplog.text
+    assert capsys.readouterr().err == ""
+    assert memory.kept_bytes(0) == 0
+    for mapping in (fake.mapped, fake.physical, fake.reserved):
+        mapping.clear()
+
+
+def test_out_of_memory_kept_memory_is_given_back_first(keeping: Install, monkeypatch) -> None:
+    fake = keeping(free_memory=4 * GRANULE)
+    others = memory.GrowingMemory(torch.device("cpu", 1), 1).address
+    kept_when_emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept_when_emptied.append(memory.kept_bytes(0)))
+    dropped(GRANULE, GRANULE)
+    fake.calls.clear()
+    made = memory.GrowingMemory(CPU, 3 * GRANULE)
+    assert made.num_bytes == memory.held_bytes(0) == 3 * GRANULE
+    names = virtual(fake)
+    assert names.count("cuStreamSynchronize") == names.count("cuMemRelease") == 2
+    assert names.index("cuStreamSynchronize") < names.index("cuMemUnmap")
+    assert kept_when_emptied == [0]
+    assert memory.kept_bytes(1) == GRANULE, "another device's would not help"
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.GrowingMemory(CPU, 1)
+    assert memory.kept_bytes(0) == 0
+    assert set(fake.reserved) == {made.address, others}, "addresses alone are not worth keeping"
+
+
+def test_out_of_memory_in_a_capture_waits_for_nothing(keeping: Install) -> None:
+    fake = keeping(free_memory=GRANULE)
+    dropped(GRANULE)
+    fake.capturing.add(STREAM)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.GrowingMemory(CPU, GRANULE)
+    assert not fake.called("cuStreamSynchronize")
+    fake.capturing.clear()
+    assert memory.GrowingMemory(CPU, GRANULE).num_bytes == GRANULE
+
+
+def test_kept_memory_is_given_back_on_demand(keeping: Install) -> None:
+    fake = keeping()
+    other = torch.device("cpu", 1)
+    memory.GrowingMemory(other, 1)
+    dropped(1, 2 * GRANULE)
+    fake.calls.clear()
+    memory.release_kept(0)
+    assert fake.called("cuStreamSynchronize") == [(STREAM,)] * 2
+    assert [(memory.held_bytes(index), memory.kept_bytes(index)) for index in (0, 1)] == [(0, 0), (GRANULE, GRANULE)]
+    dropped(1)
+    memory.release_kept()
+    assert (fake.mapped, memory.held_bytes(0), memory.held_bytes(1)) == ({}, 0, 0)
+
+
+def test_a_forked_child_leaves_what_its_parent_kept_alone(keeping: Install, monkeypatch) -> None:
+    fake = keeping()
+    (kept,) = dropped(1)
+    before = dict(fake.mapped)
+    pid = memory.os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.os, "getpid", lambda: pid + 1)
+        assert memory.GrowingMemory(CPU, 1).address != kept
+        fake.calls.clear()
+        parents = memory._kept.copy()
+        memory.release_kept()
+        assert kept in fake.mapped
+        assert (kept,) not in [arguments[:1] for arguments in fake.called("cuMemUnmap")]
+    assert before.items() <= fake.mapped.items()
+    memory._kept.update(parents)  # the parent's list is its own
+
+
+def test_kept_memory_is_left_alone_at_shutdown() -> None:
+    code = (
+        "from flash_mla.backends.cuda import driver, memory\n"
+        "class Mapping:\n"
+        "    device_index, mapped_bytes, pid, streams = 0, 1, memory.os.getpid(), set()\n"
+        "    def __getattr__(self, name): print(name)\n"
+        "memory._kept[0].append(Mapping())\n"
+        "driver.call = driver.allocating = lambda *arguments, **options: print('called')\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (out.stdout, out.stderr) == ("", "")
+
+
 # --- accounts, and whether it can -------------------------------------------------------------------------------------
 
 
@@ -360,6 +639,22 @@ def test_accounts(install: Install) -> None:
     assert memory.peak_bytes(0) == GRANULE
     second.grow(2 * GRANULE)
     assert (memory.held_bytes(0), memory.peak_bytes(0), memory.held_bytes(1)) == (2 * GRANULE, 2 * GRANULE, 0)
+
+
+def test_kept_memory_counts_from_when_it_is_used_again(keeping: Install) -> None:
+    keeping()
+    dropped(3 * GRANULE, GRANULE)
+    assert (memory.held_bytes(0), memory.kept_bytes(0), memory.peak_bytes(0)) == (4 * GRANULE,) * 3
+    memory.reset_peak()
+    assert memory.peak_bytes(0) == 0
+    first = memory.GrowingMemory(CPU, 1)
+    assert (memory.held_bytes(0), memory.kept_bytes(0), memory.peak_bytes(0)) == (4 * GRANULE, 3 * GRANULE, GRANULE)
+    second = memory.GrowingMemory(CPU, 2 * GRANULE)
+    assert (memory.kept_bytes(0), memory.peak_bytes(0)) == (0, 4 * GRANULE), "all of it: the cache has it"
+    del first
+    memory.reset_peak()
+    second.grow(4 * GRANULE)
+    assert (memory.held_bytes(0), memory.peak_bytes(0)) == (5 * GRANULE, 4 * GRANULE)
 
 
 def test_refusals(install: Install, monkeypatch) -> None:
@@ -407,6 +702,48 @@ def test_a_cache_grows_without_a_copy(in_place: FakeDriver) -> None:
     assert memory.held_bytes(0) - report.bytes_allocated < 2 * page
     del cache, layer, old, plain
     assert memory.held_bytes(0) == 0
+
+
+@pytest.mark.parametrize("grows_first", [False, True])
+def test_the_next_cache_finds_the_memory_of_the_last(grows_first: bool, keeping: Install, monkeypatch) -> None:
+    fake = keeping(granule=SMALL)
+    monkeypatch.setattr(pool, "_grows_in_place", lambda device: True)
+    page = 16 * 12 * 4
+    per_granule = SMALL // page
+    longer = (2 * per_granule + 1) * 16
+    cache = PagedLatentCache(config(), block_size=16)
+    store(cache, 1, 20)
+    if grows_first:
+        store(cache, 1, longer, seed=5)
+    for layer in cache.layers:
+        layer.kv_cache.fill_(float("nan"))
+    held = memory.held_bytes(0)
+    assert held == len(cache.layers) * SMALL * (3 if grows_first else 1)
+    del cache, layer
+    assert memory.kept_bytes(0) == held
+    fake.calls.clear()
+
+    cache = PagedLatentCache(config(), block_size=16)
+    store(cache, 1, 20)
+    assert cache.layers[0].kv_cache.shape[0] == per_granule, "pages that were asked for, however much is mapped"
+    store(cache, 1, longer, seed=1)
+    assert cache.layers[0].kv_cache.shape[0] == 3 * SMALL // page
+    assert memory.held_bytes(0) == len(cache.layers) * 3 * SMALL
+    assert len(fake.called("cuMemCreate")) == (0 if grows_first else len(cache.layers))
+    if grows_first:
+        assert virtual(fake) == [], "it grows into what the last one had grown to"
+    for layer in cache.layers:
+        assert not layer.kv_cache.isnan().any()
+    cache.validate()
+
+    del layer
+
+    monkeypatch.setattr(pool, "_grows_in_place", lambda device: False)
+    plain = PagedLatentCache(config(), block_size=16)
+    store(plain, 1, 20)
+    store(plain, 1, longer, seed=1)
+    for ours, theirs in zip(everything(cache), everything(plain), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_is_stored_is_that_of_a_cache_that_copies(install: Install, monkeypatch) -> None:

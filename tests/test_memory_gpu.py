@@ -31,11 +31,15 @@ RANK, ROPE = 512, 64
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_over() -> Iterator[None]:
+    """Every test begins with nothing kept, and what it made is given back or, at its end, kept."""
     gc.collect()
+    memory.release_kept()
     held = memory.held_bytes(DEVICE.index)
     yield
     gc.collect()
     torch.cuda.synchronize()
+    assert memory.held_bytes(DEVICE.index) - memory.kept_bytes(DEVICE.index) == held
+    memory.release_kept()
     assert memory.held_bytes(DEVICE.index) == held
 
 
@@ -96,7 +100,9 @@ def test_a_tensor_that_grows_stays_where_it_is_with_its_contents(dtype: torch.dt
     assert torch.equal(tensor, wanted[:per_granule]), "the tensor from before shows the same memory"
 
 
-def test_new_memory_is_zero_where_old_memory_was_nan() -> None:
+@pytest.mark.parametrize("kept_bytes", [0, memory.KEPT_BYTES])
+def test_new_memory_is_zero_where_old_memory_was_nan(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KEPT_BYTES", kept_bytes)
     for _ in range(3):
         made = memory.GrowingMemory(DEVICE, 64 * MIB)
         tensor = made.tensor((16 * MIB,), torch.float32)
@@ -105,7 +111,8 @@ def test_new_memory_is_zero_where_old_memory_was_nan() -> None:
         del made, tensor
 
 
-def test_a_tensor_outlives_the_memory_object_and_a_stream_its_tensor() -> None:
+def test_a_tensor_outlives_the_memory_object_and_a_stream_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KEPT_BYTES", 0)
     made = memory.GrowingMemory(DEVICE, 256 * MIB)
     tensor = made.tensor((64 * MIB,), torch.float32)[1:]
     del made
@@ -149,6 +156,37 @@ def test_memory_is_given_back_to_the_device() -> None:
     del made
     after, _ = torch.cuda.mem_get_info(DEVICE)
     assert after == before
+
+
+def test_small_memory_is_kept_and_given_back_on_demand() -> None:
+    made = memory.GrowingMemory(DEVICE, 64 * MIB)
+    during, _ = torch.cuda.mem_get_info(DEVICE)
+    address = made.address
+    del made
+    kept, _ = torch.cuda.mem_get_info(DEVICE)
+    assert kept == during
+    assert memory.kept_bytes(DEVICE.index) == 64 * MIB
+    made = memory.GrowingMemory(DEVICE, 50 * MIB)
+    assert made.address == address
+    del made
+    memory.release_kept(DEVICE.index)
+    after, _ = torch.cuda.mem_get_info(DEVICE)
+    assert after - kept >= 64 * MIB
+
+
+def test_another_stream_waits_before_it_uses_kept_memory_again() -> None:
+    side = torch.cuda.Stream(DEVICE)
+    made = memory.GrowingMemory(DEVICE, 64 * MIB)
+    address, tensor = made.address, made.tensor((16 * MIB,), torch.float32)
+    for _ in range(200):
+        tensor.add_(1)  # 128 MiB of traffic each: some 8 ms in flight when the other stream zeroes it
+    del made, tensor
+    with torch.cuda.stream(side):
+        made = memory.GrowingMemory(DEVICE, 64 * MIB)
+        assert made.address == address
+        assert made.tensor((16 * MIB,), torch.float32).count_nonzero() == 0
+    torch.cuda.synchronize()
+    assert made.tensor((16 * MIB,), torch.float32).count_nonzero() == 0, "nothing of the first stream came later"
 
 
 def test_out_of_memory_is_torchs_error_and_leaves_everything_as_it_was() -> None:
@@ -277,6 +315,43 @@ def test_generate_says_the_same_with_pools_that_grow_in_place_by_copy_and_not_at
     fixed, _ = tokens(past_key_values=fixed_cache, disable_compile=True)
     assert torch.equal(grown, copied)
     assert torch.equal(grown, fixed)
+
+
+def test_generate_twice_says_the_same_and_allocates_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(config()).eval().to(DEVICE)
+    ids = torch.randint(3, 99, (5, 400), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 150}
+    created = []
+    create = memory._Physical.__init__
+
+    def count(self: memory._Physical, device_index: int, num_bytes: int) -> None:
+        created.append(num_bytes)
+        create(self, device_index, num_bytes)
+
+    monkeypatch.setattr(memory._Physical, "__init__", count)
+    held = memory.held_bytes(DEVICE.index)
+    first = model.generate(ids, **arguments)
+    gc.collect()
+    assert sum(created) == memory.kept_bytes(DEVICE.index) == memory.held_bytes(DEVICE.index) - held > 0
+    created.clear()
+    second = model.generate(ids, **arguments)
+    assert created == [], "prompt and growth lie where those of the first call lay"
+    assert torch.equal(first, second)
+
+
+def test_the_next_cache_of_the_same_size_is_zero() -> None:
+    held = []
+    for _ in range(2):
+        cache = flash_mla.PagedLatentCache(config())
+        store(cache, 2, 500, seed=0)
+        for layer in cache.layers:
+            assert layer.kv_cache.any(dim=-1).sum().item() == 2 * 500, "no row but those"
+            layer.kv_cache.fill_(float("nan"))
+        held.append(memory.held_bytes(DEVICE.index))
+        del cache, layer
+        gc.collect()
+    assert held[0] == held[1], "the same memory"
 
 
 def test_beams_copy_shared_pages_in_a_pool_that_grew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,15 +460,18 @@ def next_slots(
     block_size: int,
     valid: torch.Tensor | None = None,
     capacity: int | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the new tokens of a forward go; arguments and results as of `backends.torch.next_slots`.
 
-    One launch on Hopper. Elsewhere, and in a graph, whose compiler fuses them, the dozen operations of the definition.
+    One launch on Hopper, unless another backend than "cuda" is asked for. Elsewhere, and in a graph, whose compiler
+    fuses them, the dozen operations of the definition.
     Reads device memory only; no host sync; capturable in a CUDA graph.
     """
     module: ModuleType = torch_backend
     if block_table.is_cuda and not torch.compiler.is_compiling():
-        if BACKENDS["cuda"].runs_on(block_table.get_device()):
+        if backend in (None, "cuda") and BACKENDS["cuda"].runs_on(block_table.get_device()):
             module = BACKENDS["cuda"]
         _count_launch("slots", "torch" if module is torch_backend else "cuda")
     result: tuple[torch.Tensor, torch.Tensor] = module.next_slots(

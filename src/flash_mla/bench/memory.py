@@ -16,17 +16,22 @@ def _index(device: torch.device) -> int:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes in use on `device` now; 0 off CUDA."""
+    """Bytes in use on `device` now; 0 off CUDA.
+
+    Without what either allocator keeps for later: a run that uses a dropped cache's memory again takes it as if anew.
+    """
     if device.type != "cuda":
         return 0
-    return torch.cuda.memory_allocated(device) + growing.held_bytes(_index(device))
+    index = _index(device)
+    return torch.cuda.memory_allocated(device) + growing.held_bytes(index) - growing.kept_bytes(index)
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """Most bytes in use since `reset_peak`; None off CUDA.
 
     The sum of two peaks, of torch's allocator and of the pools outside it, which need not have come at one time: an
-    upper bound, exact where the pools only grow.
+    upper bound, exact where the pools only grow. Memory of an earlier cache may have been larger than is needed, by at
+    most 16 MiB per layer and 256 MiB in all: it counts whole.
     """
     if device.type != "cuda":
         return None

@@ -92,7 +92,13 @@ class FixedState(PagedState):
         steps = torch.arange(seqlen_q, device=self.device)
         # Past the capacity a token goes to page 0 like padding: a live page is never overwritten.
         slots, lengths = ops.next_slots(
-            self.block_table, self.cache_seqlens, seqlen_q, self.block_size, valid, self.max_cache_len
+            self.block_table,
+            self.cache_seqlens,
+            seqlen_q,
+            self.block_size,
+            valid,
+            self.max_cache_len,
+            backend=self.backend,
         )
         self.history[:, (self.seen + steps).clamp(max=self.max_cache_len)] = slots >= self.block_size
         self.cache_seqlens.copy_(lengths)

@@ -46,6 +46,11 @@ class PagedGroup:
         attention: str | None = self.config._attn_implementation
         return attention
 
+    @property
+    def num_paged(self) -> int:
+        """Layers that have latents."""
+        return sum(rank is not None for rank in self.kv_lora_ranks)
+
     def join(self, batch: int, device: torch.device, index: int) -> tuple[PagedState, bool]:
         """The state of `device` and whether it was just made; then the asking layer, number `index`, is its leader."""
         if device in self.states:
@@ -61,6 +66,7 @@ class PagedGroup:
         else:
             repeats = self.prompt_repeats if batch % self.prompt_repeats == 0 else 1
             self.states[device] = GrowingState(batch, self.block_size, device, repeats)
+        self.states[device].backend = self.backend
         self.states[device].num_layers = 1
         self.states[device].last_index = index
         return self.states[device], True

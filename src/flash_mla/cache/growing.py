@@ -90,7 +90,7 @@ class GrowingState(PagedState):
         self._upload_table()
         # Lengths are replaced, not changed in place: an attention call still in flight may hold the old ones.
         self.slots, self.cache_seqlens = ops.next_slots(
-            self.block_table, self.cache_seqlens, seqlen_q, self.block_size, valid
+            self.block_table, self.cache_seqlens, seqlen_q, self.block_size, valid, backend=self.backend
         )
         self._note(valid, seqlen_q)
         self.seen += seqlen_q

@@ -223,6 +223,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Let the pool follow what the state decided: grow it, and copy shared pages before one row writes to them."""
         assert self.state is not None and self.kv_cache is not None
         if self.kv_cache.shape[0] < self.state.num_blocks:
+            self.step = None  # it holds the pool, which would live on through a long prompt
             self.kv_cache = self.pool.grow(self.kv_cache, self.state.num_blocks)
         if self.state.copies is not None:
             source, destination = self.state.copies

@@ -83,7 +83,9 @@ class Pool:
     def round_up(self, kv_cache: torch.Tensor) -> Callable[[int], int] | None:
         """For `PageTable.round_up`: pages that the granules of so many pages hold; None where growing copies.
 
-        At most a granule lies idle per layer: 2 MiB, 28 pages of 64 tokens x 1,152 bytes; 54 MiB over 27 layers.
+        At most a granule lies idle per layer: 2 MiB, 28 pages of 64 tokens x 1,152 bytes; 54 MiB over 27 layers. Memory
+        of an earlier cache that is used again may have up to memory.SPARE_BYTES more: it is grown into without calling
+        the driver.
         """
         if not (self.grows and _grows_in_place(kv_cache.device)):
             return None

@@ -39,6 +39,8 @@ class PagedState(ABC):
     # Positions that fit, or None; and whether each layer has to move its rows when the batch is reordered.
     max_cache_len: int | None = None
     layers_move_rows = False
+    # As in PagedLatentCache: obeyed or refused.
+    backend: str | None = None
     # Rows that share one prompt and its pages; see GrowingState.
     prompt_repeats = 1
 

@@ -5,6 +5,7 @@ prefill: the cache was empty: the new tokens are expanded and attend to each oth
 absorbed: the queries are multiplied by W_UK, attend to the latents in their pages, and W_UV follows.
 sliced: a chunk on a context, padded or so long that expanding pays: among itself by SDPA, to the context in parts.
 gathered: a custom mask over the whole context, or what a graph cannot slice: all of it expanded at once.
+(Over 400 lines: the choice between the paths reads once downwards, beside what each of them is given.)
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _paged(
         record(model_type, "prefill")
         layer.store(new)
         key, value = _expand(module, layer, new.latent, new.k_rope)
-        return sdpa(module, query, key, value, mask, dropout, scaling, kwargs, calls=state.num_layers)
+        return sdpa(module, query, key, value, mask, dropout, scaling, kwargs, calls=layer.group.num_paged)
     elif weights is not None and (seqlen_q == 1 or (mask is None and seqlen_q <= _longest_absorbed(module))):
         record(model_type, "absorbed")
         return _absorbed(module, query, new, weights, scaling, causal=seqlen_q > 1), None

@@ -9,11 +9,11 @@ never comes again is faster without.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 __all__ = ["attend", "merge", "sdpa"]
@@ -22,13 +22,33 @@ __all__ = ["attend", "merge", "sdpa"]
 PLAN_S = 0.05
 PLANNED_FLOPS = 600e12
 UNPLANNED_FLOPS = 140e12
-UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Seconds lost so far for want of a plan, by shape. At a plan's price the plan is made: so no order of shapes costs more
 # than twice what it would have, had one known them all before.
 _lost: dict[tuple[Any, ...], float] = {}
 _lock = threading.Lock()
 MOST_SHAPES = 4096
+_unplanned = 0  # calls under way that want no plan
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN switched off in torch, whose switch is the process's: by the first that comes, on again by the last.
+
+    torch.nn.attention.sdpa_kernel would put back what it found, which may be another thread's "off"; and it would
+    switch on what the user has switched off.
+    """
+    global _unplanned
+    with _lock:
+        _unplanned += 1
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            _unplanned -= 1
+            if not _unplanned:
+                torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _wants_plan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, calls: int) -> bool:
@@ -50,9 +70,10 @@ def _wants_plan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_
 def _may_plan(query: torch.Tensor) -> bool:
     return (
         query.is_cuda
+        and torch.version.hip is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(query.device) >= (9, 0)
-        and torch.backends.cuda.cudnn_sdp_enabled()
+        and (_unplanned > 0 or torch.backends.cuda.cudnn_sdp_enabled())
     )
 
 
@@ -78,7 +99,7 @@ def sdpa(
     if calls is not None and not torch.compiler.is_compiling() and _may_plan(query):
         is_causal = mask is None and query.shape[2] > 1
         if not _wants_plan(query, key, value, is_causal, calls):
-            backends = sdpa_kernel(UNPLANNED)
+            backends = _without_cudnn()
     with backends:
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed)
     return out, None
@@ -107,15 +128,20 @@ def attend(
         minimum: beside keys that it does see they weigh nothing.
     """
     bias = None if mask is None else _as_bias(mask, query)
-    if not (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)):
+    if not query.is_cuda:
         return _attend_plainly(query, key, value, bias, is_causal, scaling)
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
-    if _may_plan(query) and _wants_plan(query, key, value, is_causal, calls):
+    # The kernels are called directly, for their log-sums: so it is asked here what torch asks before it calls them.
+    params = torch.backends.cuda.SDPAParams(query, key, value, bias, 0.0, is_causal, False)
+    may_plan = _may_plan(query) and torch.backends.cuda.can_use_cudnn_attention(params)
+    if may_plan and _wants_plan(query, key, value, is_causal, calls):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, bias, True, 0.0, is_causal, False, scale=scaling
         )
         return out, lse.view(query.shape[:3])
+    if not torch.backends.cuda.can_use_efficient_attention(params):
+        return _attend_plainly(query, key, value, bias, is_causal, scaling)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, True, 0.0, is_causal, scale=scaling
     )

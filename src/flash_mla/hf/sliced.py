@@ -49,7 +49,7 @@ def over_context(
     """
     layer, state = new.layer, new.layer.state
     assert state is not None
-    calls = state.num_layers
+    calls = layer.group.num_paged
     key, value = expand(new.latent, new.k_rope)
     out, lse = attend(query, key, value, mask, mask is None, scaling, calls)
     out = out.to(torch.float64 if out.dtype == torch.float64 else torch.float32)

@@ -22,6 +22,8 @@ from ..cache.state import PagedState
 __all__ = ["Step", "prepare", "run"]
 
 
+# Of one state: a batch size or two, on a stream or two.
+MOST_BUFFERS = 4
 # Shape, strides and offset of a view of the weight.
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
@@ -55,7 +57,7 @@ class Step:
         linear = self.linear()
         if linear is None or module.kv_b_proj is not linear or type(linear) is not nn.Linear:
             return False
-        weight = linear._parameters["weight"]
+        weight = linear._parameters.get("weight")  # pruning and weight norms take it out
         return (
             not linear._forward_hooks
             and not linear._forward_pre_hooks
@@ -63,7 +65,7 @@ class Step:
             and type(weight) is nn.Parameter
             and (weight.shape, weight.dtype) == self.weight
             and weight.is_contiguous()
-            and linear._parameters["bias"] is None
+            and linear._parameters.get("bias") is None
             and layer.kv_cache is self.kv_cache
             and _signature(query, new) == self.signature
         )
@@ -102,8 +104,9 @@ def _signature(query: torch.Tensor, new: Latents) -> tuple[Any, ...]:
     state = new.layer.state
     assert state is not None
     latent, table = new.latent, state.block_table
-    stream = torch._C._cuda_getCurrentRawStream(query.get_device()) if query.is_cuda else 0
     return (
+        *_place_in_time(query),
+        new.layer.group.backend,
         query.shape,
         query.stride(),
         query.dtype,
@@ -113,22 +116,31 @@ def _signature(query: torch.Tensor, new: Latents) -> tuple[Any, ...]:
         table.shape,
         table.stride(),
         state.cache_seqlens.stride(),
-        stream,
     )
 
 
-def _buffer(state: PagedState, query: torch.Tensor, stream: int, kv_lora_rank: int, d_qk: int) -> Query:
+def _place_in_time(query: torch.Tensor) -> tuple[int, bool]:
+    """The stream, and whether it is being captured: a graph must own what it writes to."""
+    if not query.is_cuda:
+        return 0, False
+    return torch._C._cuda_getCurrentRawStream(query.get_device()), torch.cuda.is_current_stream_capturing()
+
+
+def _buffer(state: PagedState, query: torch.Tensor, kv_lora_rank: int, d_qk: int) -> Query:
     batch, num_heads, seqlen_q, _ = query.shape
+    stream, is_capturing = _place_in_time(query)
     key = (batch, seqlen_q, num_heads, d_qk, query.dtype, stream)
     found = state.buffers.get(key)
-    if isinstance(found, Query):
+    if isinstance(found, Query) and not is_capturing:
         return found
     with torch.inference_mode(False):  # written in place later, in whatever mode
         q = torch.empty((batch, seqlen_q, num_heads, d_qk), dtype=query.dtype, device=query.device)
     rows = q.view(batch * seqlen_q, num_heads, d_qk)[..., :kv_lora_rank]
     made = Query(q, rows.transpose(0, 1))
-    state.buffers.clear()  # a batch of another size does not come back often
-    state.buffers[key] = made
+    if not is_capturing:
+        if len(state.buffers) >= MOST_BUFFERS:
+            state.buffers.clear()
+        state.buffers[key] = made
     return made
 
 
@@ -156,7 +168,7 @@ def prepare(
     if not query.dtype == weight.dtype == kv_cache.dtype == new.latent.dtype == new.k_rope.dtype:
         return None
     signature = _signature(query, new)
-    buffer = _buffer(state, query, signature[-1], layer.kv_lora_rank, kv_cache.shape[-1])
+    buffer = _buffer(state, query, layer.kv_lora_rank, kv_cache.shape[-1])
     checked = ops.check_step(
         buffer.q,
         query[..., module.qk_nope_head_dim :].transpose(1, 2),

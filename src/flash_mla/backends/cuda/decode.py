@@ -40,7 +40,7 @@ LOG2_E = math.log2(math.e)
 # row. Up to these numbers there are 528 CTAs or fewer at 512 columns: four for each of an H200's 132 SMs, one wave.
 MERGED_BY_64, MERGED_BY_128, MERGED_BY_ROW = 66, 132, 528
 ROW_THREADS, WARP_THREADS = 256, 128
-MOST_PREPARED = 1024  # calls; a cache of 61 layers takes as many
+MOST_PREPARED = 1024  # calls; a cache of 61 layers takes 61, and as many again when its table or pools grow
 
 
 class _PerThread(threading.local):
