@@ -194,3 +194,12 @@ def test_layers_seen_coming_are_all_of_the_model(models, monkeypatch):
     monkeypatch.setattr(sdpa, "_wants_plan", lambda *args: calls.append(args[-1]) or True)
     greedy(models[1], prompt())
     assert calls == [LAYERS] * LAYERS
+
+
+def test_torch_is_asked_with_what_it_understands():
+    """The parameters are built as on a GPU, with and without a bias; on the CPU the answer is no."""
+    query, key, value = (drawn(1, 2, 16, columns).bfloat16() for columns in (24, 24, 16))
+    for bias in (None, torch.zeros((1, 2, 16, 16), dtype=torch.bfloat16)):
+        params = torch.backends.cuda.SDPAParams(query, key, value, bias, 0.0, bias is None, False)
+        assert not torch.backends.cuda.can_use_cudnn_attention(params)
+        assert not torch.backends.cuda.can_use_efficient_attention(params)

@@ -271,6 +271,31 @@ def test_layers_share_one_query(models):
     assert len(buffers) == 1
 
 
+def test_streams_have_queries_of_their_own_and_a_capture_keeps_none(models, monkeypatch):
+    """A graph owns what it writes to: what is made in a capture dies with its step, and serves no other."""
+    where = (0, False)
+    monkeypatch.setattr(step, "_place_in_time", lambda query: where)
+    decoding = Decoding(models)
+    layer = decoding.caches[1].layers[0]
+
+    def query(stream, is_capturing):
+        nonlocal where
+        where = (stream, is_capturing)
+        decoding.step()
+        return layer.step.buffer.q
+
+    first, second = query(1, False), query(2, False)
+    assert first is not second
+    captured = query(1, True)
+    assert captured is not first
+    assert query(1, False) is first
+    assert query(2, False) is second
+    assert all(held.q is not captured for held in layer.state.buffers.values())
+    for stream in range(3, 3 + 2 * step.MOST_BUFFERS):
+        query(stream, False)
+        assert len(layer.state.buffers) <= step.MOST_BUFFERS
+
+
 def test_checked_calls_are_those_of_the_ops(models, monkeypatch):
     """The short way launches what `ops.append` and `ops.decode` would have launched."""
     seen = []

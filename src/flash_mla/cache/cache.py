@@ -56,7 +56,7 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
             for compiled decoding; None grows by pages.
         prompt_repeats: consecutive rows that will be given the same prompt (what `generate` does for beams and
             `num_return_sequences`); they share its pages.
-        backend: "triton" or "torch" for every op of this cache, obeyed or refused; None chooses.
+        backend: "cuda", "triton" or "torch" for every op of this cache, obeyed or refused; None chooses.
     Raises: ValueError: a config without `kv_lora_rank`, or a bad option.
 
     Only real tokens are stored: padding takes no page. `get_seq_length()` is the padded length, as `generate` expects.

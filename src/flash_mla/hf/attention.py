@@ -231,7 +231,7 @@ def _decode_step(module: Any, query: torch.Tensor, new: Latents, scaling: float)
     found: step.Step | None = layer.step
     if found is None or not found.fits(module, layer, query, new):
         weights = absorbed_weights(module, layer, new.latent)
-        found = layer.step = None if weights is None else step.prepare(module, query, new, weights, causal=False)
+        found = layer.step = None if weights is None else step.prepare(module, query, new, weights)
         if found is None:
             return None
     record(module.config.model_type, "absorbed")

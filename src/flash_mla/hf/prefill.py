@@ -58,7 +58,7 @@ def wrap_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     return _prefill
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # some texts carry shapes
 def _say(text: str) -> None:
     logger.info("flash_mla: %s", text)
 

@@ -8,6 +8,8 @@ never comes again is faster without.
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +19,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 __all__ = ["attend", "merge", "sdpa"]
+
+logger = logging.getLogger(__name__)
 
 # What cuDNN's plan of one shape costs, and the rates with it and without (seconds, FLOP/s; H200, torch 2.11).
 PLAN_S = 0.05
@@ -29,6 +33,11 @@ _lost: dict[tuple[Any, ...], float] = {}
 _lock = threading.Lock()
 MOST_SHAPES = 4096
 _unplanned = 0  # calls under way that want no plan
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.info("flash_mla: %s", text)
 
 
 @contextmanager
@@ -99,6 +108,7 @@ def sdpa(
     if calls is not None and not torch.compiler.is_compiling() and _may_plan(query):
         is_causal = mask is None and query.shape[2] > 1
         if not _wants_plan(query, key, value, is_causal, calls):
+            _say("short prompts run without cuDNN, whose plan of a new shape takes longer than it saves")
             backends = _without_cudnn()
     with backends:
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **passed)
@@ -141,6 +151,7 @@ def attend(
         )
         return out, lse.view(query.shape[:3])
     if not torch.backends.cuda.can_use_efficient_attention(params):
+        _say(f"neither cuDNN nor efficient attention takes chunks of {query.dtype} here: all scores are formed at once")
         return _attend_plainly(query, key, value, bias, is_causal, scaling)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, True, 0.0, is_causal, scale=scaling

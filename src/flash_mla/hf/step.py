@@ -149,13 +149,12 @@ def prepare(
     query: torch.Tensor,
     new: Latents,
     weights: tuple[torch.Tensor, torch.Tensor],
-    causal: bool,
 ) -> Step | None:
     """What the next steps of this layer need, or None where the weight is not a plain one that can be looked through.
 
     Args:
         module: the attention module.
-        query: `[batch, num_heads, seqlen_q, head_dim]`, one token per request (or one request).
+        query: `[batch, num_heads, 1, head_dim]`.
         new: its latents.
         weights: W_UK and W_UV, views of `module.kv_b_proj.weight`.
     """
@@ -179,7 +178,7 @@ def prepare(
         state.block_table,
         state.cache_seqlens,
         kv_lora_rank=layer.kv_lora_rank,
-        causal=causal,
+        causal=False,  # one token sees everything
         backend=layer.group.backend,
     )
     begin = int(weight.storage_offset())
@@ -192,7 +191,7 @@ def prepare(
 
 
 def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | None, scaling: float) -> torch.Tensor:
-    """Store the new tokens and attend; `[batch, seqlen_q, num_heads, v_head_dim]`, contiguous.
+    """Store the new tokens and attend; `[batch, 1, num_heads, v_head_dim]`, contiguous.
 
     The caller sees to it that no gradient is wanted.
     """
@@ -202,7 +201,7 @@ def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | Non
     weight = linear.weight
     (num_heads, nope, rank), strides, _ = step.w_uk
     w_uk = weight.as_strided((num_heads, nope, rank), strides, weight.storage_offset())
-    # A view where there is one token per request; cuBLAS walks the heads of a transposed query.
+    # A view: cuBLAS walks the heads of a transposed query.
     rows = query[..., :nope].transpose(0, 1).flatten(1, 2)
     torch.bmm(rows, w_uk, out=step.buffer.latent)
     step.checked.append(
