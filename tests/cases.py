@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from flash_mla.codec import decode_rows, encode_rows
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Not whether the kernels are built: on a Hopper GPU without them the tests fail and say so.
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
@@ -43,6 +45,7 @@ class Case:
     causal: bool = True
     softmax_scale: float = 0.11
     q_factor: float = 1.0
+    fp8: bool = False
 
     @property
     def d_qk(self) -> int:
@@ -96,6 +99,14 @@ class Problem:
     block_table: torch.Tensor
     cache_seqlens: torch.Tensor
 
+    def latents(self) -> torch.Tensor:
+        """The rows of the pool in the dtype of the queries, `[num_blocks, block_size, h_kv, d_qk]`."""
+        case = self.case
+        if not case.fp8:
+            return self.kv_cache
+        parts = decode_rows(self.kv_cache, case.kv_lora_rank, case.qk_rope_head_dim, self.q.dtype)
+        return torch.cat(parts, dim=-1)
+
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q, self.kv_cache, self.block_table, self.cache_seqlens
 
@@ -118,12 +129,20 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str = DEVICE, sp
             page = order.pop()
             block_table[request, index] = page
             is_used[page, : min(case.block_size, length - index * case.block_size)] = True
-    kv_cache[~is_used] = float("nan")
+    if case.fp8:
+        # Columns of very different size, as the outliers of real latents: each 128 have a scale of their own. Rows as
+        # long as without, or scores would be larger than the case wants them.
+        sizes = torch.logspace(-1, 1, case.d_qk)
+        kv_cache *= sizes / sizes.square().mean().sqrt()
+        kv_cache = encode_rows(kv_cache[..., : case.kv_lora_rank], kv_cache[..., case.kv_lora_rank :])
+        kv_cache[~is_used] = 0xFF  # NaN as code, as scale and as bf16
+    else:
+        kv_cache[~is_used] = float("nan")
     q = torch.randn((len(case.lengths), case.seqlen_q, case.num_heads, case.d_qk), generator=generator) * case.q_factor
     return Problem(
         case,
         q.to(device, dtype),
-        kv_cache.to(device, dtype),
+        kv_cache.to(device, torch.uint8 if case.fp8 else dtype),
         block_table.to(device),
         torch.tensor(case.lengths, dtype=torch.int32, device=device),
     )

@@ -49,8 +49,8 @@ def main(family: str, folder: str) -> None:
 if __name__ == "__main__":
     faulthandler.enable()
     main(*sys.argv[1:])
-    # The sharded model's device mesh still holds a gloo group, whose threads may let go of tensors while the interpreter is
-    # being torn down: once in some hundred runs that ended in SIGABRT ("terminate called without an active exception",
-    # the fault of pytorch/pytorch#179291) after everything above had passed. So the interpreter is not torn down.
+    # The sharded model's device mesh still holds a gloo group, whose threads may let go of tensors while the
+    # interpreter is being torn down: once in some hundred runs that ended in SIGABRT ("terminate called without an
+    # active exception", the fault of pytorch/pytorch#179291) after everything above had passed. So it is not torn down.
     sys.stdout.flush()
     os._exit(0)

@@ -42,7 +42,22 @@ WRONG_DECODE = {
     "kv_cache of rank 3": ({"kv_cache": zeros(2, 64, 160)}, r"kv_cache must be \[num_blocks.*got.*\(2, 64, 160\)"),
     "kv_cache no tensor": ({"kv_cache": "pool"}, r"kv_cache must be .* got str"),
     "kv_cache with no columns": ({"kv_cache": zeros(2, 64, 1, 0)}, r"kv_cache must be .*\(2, 64, 1, 0\)"),
-    "kv_cache of integers": ({"kv_cache": zeros(2, 64, 1, 160, dtype=torch.int8)}, r"kv_cache must be bfloat16.*int8"),
+    "kv_cache of integers": (
+        {"kv_cache": zeros(2, 64, 1, 160, dtype=torch.int32)},
+        r"kv_cache must be bfloat16.*int32",
+    ),
+    "FP8 rows of another width": (
+        {"kv_cache": zeros(2, 64, 1, 160, dtype=torch.uint8)},
+        r"kv_cache must be of FP8 rows of 208 bytes for \(128, 32\) columns, got torch\.uint8 \(2, 64, 1, 160\)",
+    ),
+    "FP8 rows of a latent that 128 does not divide": (
+        {"kv_cache": zeros(2, 64, 1, 208, dtype=torch.uint8), "kv_lora_rank": 96},
+        r"an FP8 cache needs a kv_lora_rank that 128 divides, got 96",
+    ),
+    "integers on FP8 rows": (
+        {"kv_cache": zeros(2, 64, 1, 208, dtype=torch.uint8), "q": zeros(2, 1, 4, 160, dtype=torch.int32)},
+        r"q must be bfloat16, float16, float32 or float64 on .* like kv_cache, got torch\.int32",
+    ),
     "q of another width": ({"q": zeros(2, 1, 4, 161)}, r"q must be \[batch.*d_qk=160\], got.*\(2, 1, 4, 161\)"),
     "q with no queries": ({"q": zeros(2, 0, 4, 160)}, r"q must be .*seqlen_q >= 1.*\(2, 0, 4, 160\)"),
     "q of rank 3": ({"q": zeros(2, 4, 160)}, r"q must be .*\(2, 4, 160\)"),
@@ -102,7 +117,7 @@ WRONG_APPEND = {
     ),
     "q of another dtype": (
         {"q": zeros(2, 1, 4, 160, dtype=torch.float32), "q_rope": zeros(2, 1, 4, 32)},
-        r"q must be torch\.float16.*like kv_cache, got torch\.float32",
+        r"q must be torch\.float16.*like latent, got torch\.float32",
     ),
 }
 

@@ -241,6 +241,7 @@ def test_params_are_packed_whole(fake: FakeDriver) -> None:
         ({"device_type": "cpu"}, ["needs a CUDA device, got cpu"]),
         ({"capability": (8, 0)}, ["needs compute capability 9.0 (Hopper), have 8.0"]),
         ({"capability": (10, 0)}, ["needs compute capability 9.0 (Hopper), have 10.0"]),
+        ({"fp8": True}, ["writes rows as they come, not FP8 rows"]),
         ({"kv_cache_strides": (1, 2, 3, 4)}, ["needs the last stride of kv_cache to be 1, got 4"]),
         ({"num_blocks": 2**26}, [f"takes a pool of fewer than 2**32 tokens, got {2**26} x 64"]),
         ({"num_blocks": 2**26 - 1}, []),

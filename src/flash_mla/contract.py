@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .codec import row_layout
+
 __all__ = [
     "CUT_COST",
     "FIXED_UNITS",
@@ -28,6 +30,7 @@ __all__ = [
     "check_decode",
     "check_plan",
     "check_slots",
+    "check_sparse",
     "fixed_slots",
     "no_backend_message",
 ]
@@ -66,6 +69,8 @@ MAX_PARTS = 8
 FIXED_UNITS = 32
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# How a pool of FP8 rows may be typed: its bytes are of several types.
+FP8_ROW_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 
 
 class UnsupportedError(ValueError):
@@ -95,6 +100,8 @@ class DecodeCall:
     causal: bool
     kv_cache_misalignment: int = 0  # bytes past the last multiple of 16
     deterministic: bool = False  # the plan that comes with it cuts each request by its own length alone
+    fp8: bool = False  # rows as `codec.py` describes them: strides of kv_cache are in bytes then
+    sparse: bool = False  # each query reads the `max_blocks` rows that it names: a request is a query
 
     @property
     def rows(self) -> int:
@@ -104,7 +111,7 @@ class DecodeCall:
 
 @dataclass(frozen=True)
 class AppendCall:
-    """An append call in plain values; strides are in elements."""
+    """An append call in plain values; strides are in elements, `dtype` is that of what comes."""
 
     device_type: str
     device_index: int
@@ -118,6 +125,8 @@ class AppendCall:
     num_blocks: int
     block_size: int
     kv_cache_strides: tuple[int, ...]
+    kv_cache_misalignment: int = 0  # bytes past the last multiple of 16
+    fp8: bool = False  # rows as `codec.py` describes them: strides of kv_cache are in bytes then
 
 
 def describe(tensor: object) -> str:
@@ -137,16 +146,57 @@ def _capability(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 def _misalignment(tensor: torch.Tensor) -> int:
     """Bytes past a multiple of 16; 0 in a trace, where tensors have no address: the op looks again when it runs."""
-    if tensor.device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return 0
     return tensor.data_ptr() % 16
 
 
-def _check_pool(function: str, kv_cache: torch.Tensor) -> None:
+def _check_pool(function: str, kv_cache: torch.Tensor) -> bool:
+    """Raise ValueError unless it is a pool of rows; return whether they are FP8 rows."""
     if not isinstance(kv_cache, torch.Tensor) or kv_cache.ndim != 4 or 0 in kv_cache.shape[1:]:
         raise _fail(function, "kv_cache", "[num_blocks, block_size, h_kv, d_qk]", kv_cache)
-    if kv_cache.dtype not in FLOAT_DTYPES:
-        raise _fail(function, "kv_cache", "bfloat16, float16, float32 or float64", kv_cache)
+    if kv_cache.dtype not in (*FLOAT_DTYPES, *FP8_ROW_DTYPES):
+        raise _fail(function, "kv_cache", "bfloat16, float16, float32, float64 or FP8 rows as uint8", kv_cache)
+    return kv_cache.dtype in FP8_ROW_DTYPES
+
+
+def _row_width(function: str, kv_cache: torch.Tensor, is_fp8: bool, kv_lora_rank: int, d_qk: int) -> int:
+    """Elements of a row of the pool for latents of this shape; raises ValueError where FP8 rows cannot hold them."""
+    if not is_fp8:
+        return d_qk
+    try:
+        row_bytes = row_layout(kv_lora_rank, d_qk - kv_lora_rank).row_bytes
+    except ValueError as error:
+        raise ValueError(f"flash_mla.{function}: {str(error).removeprefix('flash_mla: ')}") from None
+    if kv_cache.shape[3] != row_bytes:
+        must = f"of FP8 rows of {row_bytes} bytes for ({kv_lora_rank}, {d_qk - kv_lora_rank}) columns"
+        raise _fail(function, "kv_cache", must, kv_cache)
+    return row_bytes
+
+
+def _check_query(q: torch.Tensor, kv_cache: torch.Tensor, kv_lora_rank: int, function: str) -> bool:
+    """Raise ValueError unless queries and pool fit together; return whether its rows are FP8 rows."""
+    is_fp8 = _check_pool(function, kv_cache)
+    h_kv = kv_cache.shape[2]
+    width = "d_qk" if is_fp8 else f"d_qk={kv_cache.shape[3]}"
+    if (
+        not isinstance(q, torch.Tensor)
+        or q.ndim != 4
+        or q.shape[1] < 1
+        or (not is_fp8 and q.shape[3] != kv_cache.shape[3])
+    ):
+        raise _fail(function, "q", f"[batch, seqlen_q >= 1, num_heads, {width}]", q)
+    num_heads, d_qk = q.shape[2:]
+    if is_fp8 and (q.dtype not in FLOAT_DTYPES or q.device != kv_cache.device):
+        raise _fail(function, "q", f"bfloat16, float16, float32 or float64 on {kv_cache.device} like kv_cache", q)
+    if not is_fp8 and (q.dtype != kv_cache.dtype or q.device != kv_cache.device):
+        raise _fail(function, "q", f"{kv_cache.dtype} on {kv_cache.device} like kv_cache", q)
+    if num_heads < 1 or num_heads % h_kv:
+        raise _fail(function, "q", f"of a number of heads that h_kv={h_kv} divides", q)
+    if not isinstance(kv_lora_rank, int) or not 0 < kv_lora_rank <= d_qk:
+        raise ValueError(f"flash_mla.{function}: kv_lora_rank must be in 1..d_qk={d_qk}, got {kv_lora_rank!r}")
+    _row_width(function, kv_cache, is_fp8, kv_lora_rank, d_qk)
+    return is_fp8
 
 
 def check_decode(
@@ -163,7 +213,8 @@ def check_decode(
 
     Args:
         q: `[batch, seqlen_q, num_heads, d_qk]`, bfloat16, float16, float32 or float64; outer strides free.
-        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, dtype and device of `q`.
+        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, dtype and device of `q`; or FP8 rows, uint8 `[num_blocks,
+            block_size, h_kv, row_bytes]` (`codec.py`).
         block_table: int32 `[batch, max_blocks]` on the same device.
         cache_seqlens: int32 `[batch]` on the same device.
         kv_lora_rank: columns of a latent that are the value too, in elements.
@@ -171,17 +222,9 @@ def check_decode(
         function: the name that error messages carry.
         deterministic: whether the plan that comes with the call cuts each request by its own length alone.
     """
-    _check_pool(function, kv_cache)
-    num_blocks, block_size, h_kv, d_qk = kv_cache.shape
-    if not isinstance(q, torch.Tensor) or q.ndim != 4 or q.shape[1] < 1 or q.shape[3] != d_qk:
-        raise _fail(function, "q", f"[batch, seqlen_q >= 1, num_heads, d_qk={d_qk}]", q)
-    batch, seqlen_q, num_heads, _ = q.shape
-    if q.dtype != kv_cache.dtype or q.device != kv_cache.device:
-        raise _fail(function, "q", f"{kv_cache.dtype} on {kv_cache.device} like kv_cache", q)
-    if num_heads < 1 or num_heads % h_kv:
-        raise _fail(function, "q", f"of a number of heads that h_kv={h_kv} divides", q)
-    if not isinstance(kv_lora_rank, int) or not 0 < kv_lora_rank <= d_qk:
-        raise ValueError(f"flash_mla.{function}: kv_lora_rank must be in 1..d_qk={d_qk}, got {kv_lora_rank!r}")
+    is_fp8 = _check_query(q, kv_cache, kv_lora_rank, function)
+    batch, seqlen_q, num_heads, d_qk = q.shape
+    num_blocks, block_size, h_kv, _ = kv_cache.shape
     if (
         not isinstance(block_table, torch.Tensor)
         or block_table.dtype != torch.int32
@@ -217,12 +260,78 @@ def check_decode(
         causal=causal,
         kv_cache_misalignment=_misalignment(kv_cache),
         deterministic=deterministic,
+        fp8=is_fp8,
+    )
+
+
+def check_sparse(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    kv_lora_rank: int,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    function: str = "sparse_decode",
+) -> DecodeCall:
+    """Raise ValueError unless the arguments fit together; return the call in plain values, every query a request.
+
+    Args:
+        q: `[batch, seqlen_q, num_heads, d_qk]`, bfloat16, float16, float32 or float64; outer strides free.
+        kv_cache: as in `check_decode`, with h_kv = 1.
+        indices: int32 `[batch, seqlen_q, topk]` on the same device, block * block_size + offset; negative: no token.
+        kv_lora_rank: columns of a latent that are the value too, in elements.
+        attn_sink: float32 `[num_heads]` on the same device, or None.
+        topk_length: int32 `[batch]` on the same device, how many of the first indices count; None: all.
+        function: the name that error messages carry.
+    """
+    is_fp8 = _check_query(q, kv_cache, kv_lora_rank, function)
+    batch, seqlen_q, num_heads, d_qk = q.shape
+    num_blocks, block_size, h_kv, _ = kv_cache.shape
+    if h_kv != 1:
+        raise _fail(function, "kv_cache", "of one latent head (h_kv=1) with indices", kv_cache)
+
+    def fits(tensor: object, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype == dtype
+            and tensor.shape[: len(shape)] == shape
+            and tensor.device == q.device
+        )
+
+    if not fits(indices, torch.int32, (batch, seqlen_q)) or indices.ndim != 3:
+        raise _fail(function, "indices", f"int32 [batch={batch}, seqlen_q={seqlen_q}, topk] on {q.device}", indices)
+    if attn_sink is not None and not (fits(attn_sink, torch.float32, (num_heads,)) and attn_sink.ndim == 1):
+        raise _fail(function, "attn_sink", f"float32 [num_heads={num_heads}] on {q.device}", attn_sink)
+    if topk_length is not None and not (fits(topk_length, torch.int32, (batch,)) and topk_length.ndim == 1):
+        raise _fail(function, "topk_length", f"int32 [batch={batch}] on {q.device}", topk_length)
+    topk = indices.shape[2]
+    return DecodeCall(
+        device_type=q.device.type,
+        device_index=q.device.index or 0,
+        capability=_capability(q),
+        dtype=str(q.dtype).removeprefix("torch."),
+        batch=batch * seqlen_q,
+        seqlen_q=1,
+        num_heads=num_heads,
+        h_kv=1,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=d_qk - kv_lora_rank,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_blocks=topk,
+        q_strides=q.stride(),
+        kv_cache_strides=kv_cache.stride(),
+        block_table_strides=(topk, 1),
+        causal=False,
+        kv_cache_misalignment=_misalignment(kv_cache),
+        fp8=is_fp8,
+        sparse=True,
     )
 
 
 def _check_placed(function: str, q: object, q_rope: object, latent: torch.Tensor, d_qk: int) -> None:
     batch, seqlen_q, _, kv_lora_rank = latent.shape
-    where = f"{latent.dtype} on {latent.device} like kv_cache"
+    where = f"{latent.dtype} on {latent.device} like latent"
     if not isinstance(q, torch.Tensor) or q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (batch, seqlen_q, d_qk):
         raise _fail(function, "q", f"[batch={batch}, seqlen_q={seqlen_q}, num_heads, d_qk={d_qk}] with q_rope", q)
     if not isinstance(q_rope, torch.Tensor) or q_rope.shape != (*q.shape[:3], d_qk - kv_lora_rank):
@@ -244,26 +353,37 @@ def check_append(
     """Raise ValueError unless the arguments fit together; return the call in plain values.
 
     Args:
-        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, rows contiguous enough to be addressed by slot.
+        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, rows contiguous enough to be addressed by slot; or FP8 rows,
+            uint8 `[num_blocks, block_size, h_kv, row_bytes]`, which take every floating dtype.
         latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, dtype and device of `kv_cache`; strides free.
         k_rope: `[batch, seqlen_q, h_kv, qk_rope_head_dim]`, the same.
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset.
-        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype and device of `kv_cache`, or None.
+        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype and device of `latent`, or None.
         q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, the same; None exactly if `q` is.
         function: the name that error messages carry.
     """
-    _check_pool(function, kv_cache)
+    is_fp8 = _check_pool(function, kv_cache)
     num_blocks, block_size, h_kv, d_qk = kv_cache.shape
     if not isinstance(latent, torch.Tensor) or latent.ndim != 4 or latent.shape[2] != h_kv:
         raise _fail(function, "latent", f"[batch, seqlen_q, h_kv={h_kv}, kv_lora_rank]", latent)
     batch, seqlen_q, _, kv_lora_rank = latent.shape
+    if is_fp8:
+        if not isinstance(k_rope, torch.Tensor) or k_rope.shape[:-1] != (batch, seqlen_q, h_kv):
+            must = f"[batch={batch}, seqlen_q={seqlen_q}, h_kv={h_kv}, qk_rope_head_dim]"
+            raise _fail(function, "k_rope", must, k_rope)
+        d_qk = kv_lora_rank + k_rope.shape[-1]
+        _row_width(function, kv_cache, is_fp8, kv_lora_rank, d_qk)
     qk_rope_head_dim = d_qk - kv_lora_rank
     if not isinstance(k_rope, torch.Tensor) or k_rope.shape != (batch, seqlen_q, h_kv, qk_rope_head_dim):
         must = f"[batch={batch}, seqlen_q={seqlen_q}, h_kv={h_kv}, d_qk - kv_lora_rank = {qk_rope_head_dim}]"
         raise _fail(function, "k_rope", must, k_rope)
+    dtypes = FLOAT_DTYPES if is_fp8 else (kv_cache.dtype,)
     for name, tensor in (("latent", latent), ("k_rope", k_rope)):
-        if tensor.dtype != kv_cache.dtype or tensor.device != kv_cache.device:
-            raise _fail(function, name, f"{kv_cache.dtype} on {kv_cache.device} like kv_cache", tensor)
+        if tensor.dtype not in dtypes or tensor.device != kv_cache.device:
+            must = "bfloat16, float16, float32 or float64" if is_fp8 else str(kv_cache.dtype)
+            raise _fail(function, name, f"{must} on {kv_cache.device} like kv_cache", tensor)
+    if k_rope.dtype != latent.dtype:
+        raise _fail(function, "k_rope", f"{latent.dtype} like latent", k_rope)
     if (
         not isinstance(slots, torch.Tensor)
         or slots.dtype != torch.int64
@@ -277,7 +397,7 @@ def check_append(
         device_type=kv_cache.device.type,
         device_index=kv_cache.device.index or 0,
         capability=_capability(kv_cache),
-        dtype=str(kv_cache.dtype).removeprefix("torch."),
+        dtype=str(latent.dtype).removeprefix("torch."),
         batch=batch,
         seqlen_q=seqlen_q,
         h_kv=h_kv,
@@ -286,6 +406,8 @@ def check_append(
         num_blocks=num_blocks,
         block_size=block_size,
         kv_cache_strides=kv_cache.stride(),
+        kv_cache_misalignment=_misalignment(kv_cache),
+        fp8=is_fp8,
     )
 
 

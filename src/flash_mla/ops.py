@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from . import debug
 from .backends import torch as torch_backend
 from .contract import (
     AppendCall,
@@ -24,6 +25,7 @@ from .contract import (
     check_append,
     check_decode,
     check_plan,
+    check_sparse,
     describe,
     fixed_slots,
     no_backend_message,
@@ -39,6 +41,7 @@ __all__ = [
     "next_slots",
     "plan_splits",
     "plan_splits_for",
+    "sparse_decode",
 ]
 
 logger = logging.getLogger(__name__)
@@ -97,7 +100,7 @@ def _choose_anew(function: str, call: DecodeCall | AppendCall, backend: str | No
             refused = {other: text for other, text in reasons.items() if text}
             # One line per backend, dtype and set of reasons, not per shape.
             note = "".join(f"; not {other}: {'; '.join(text)}" for other, text in refused.items())
-            _announce(function, name, call.dtype, call.device_type, note)
+            _announce(function, name, f"{call.dtype}{' with FP8 rows' if call.fp8 else ''}", call.device_type, note)
             return name
     raise UnsupportedError(no_backend_message(function, reasons))
 
@@ -286,7 +289,8 @@ def decode(
         q: `[batch, seqlen_q, num_heads, d_qk]`, bf16/fp16 (torch backend: fp32/fp64 too). Already multiplied by W_UK,
             rotated part last. Outer strides free.
         kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, dtype of `q`; each row is `[latent | rotated key]`. V is the
-            first `kv_lora_rank` columns. `h_kv` must divide `num_heads`. Outer strides free.
+            first `kv_lora_rank` columns. `h_kv` must divide `num_heads`. Outer strides free. Or FP8 rows, uint8
+            `[num_blocks, block_size, h_kv, row_bytes]`: 656 bytes for (512, 64) columns (`flash_mla.codec`).
         block_table: int32 `[batch, max_blocks]`, pages of each request in order; entries past the length are not read.
         cache_seqlens: int32 `[batch]`, tokens in the cache including the new ones; 0 is allowed.
         kv_lora_rank: columns of the latent, in elements.
@@ -331,12 +335,94 @@ def _decode(
         raise ValueError("flash_mla.decode: a plan is items and splits together, got only one of them")
     if items is not None and splits is not None:
         check_plan(call, items, splits)
+    if debug.is_on():
+        debug.check_decode("decode", call, kv_cache, block_table, cache_seqlens)
     name = _choose("decode", call, backend)
     _count_launch("decode", name)
     result: tuple[torch.Tensor, torch.Tensor] = BACKENDS[name].decode(
         call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits
     )
     return result
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query to the rows of a paged latent cache that it names (MLA, absorbed form, sparse).
+
+    Args:
+        q: `[batch, seqlen_q, num_heads, d_qk]`, as in `decode`.
+        kv_cache: as in `decode`, with h_kv = 1; FP8 rows too.
+        indices: int32 `[batch, seqlen_q, topk]`, block * block_size + offset of each row. Negative, or outside the
+            pool: no token (`FLASH_MLA_DEBUG=1` refuses the latter). A row named twice counts twice. Any topk.
+        kv_lora_rank: columns of the latent, in elements.
+        softmax_scale: multiplier of the scores before softmax.
+        attn_sink: fp32 `[num_heads]`, natural log: one more entry in the softmax of each head, without a value: `out`
+            is multiplied by exp(lse) / (exp(lse) + exp(sink)), `lse` is without it. None: none.
+        topk_length: int32 `[batch]`, how many of the first indices count; None: all.
+        backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts.
+    Returns: out `[batch, seqlen_q, num_heads, kv_lora_rank]`, dtype of `q`, 0 where nothing is visible; lse
+        `[batch, num_heads, seqlen_q]`, fp32 (fp64 for fp64), natural log, +inf where nothing is visible.
+    Raises: ValueError: wrong shapes, dtypes or devices. UnsupportedError: no backend accepts.
+    Reads device memory only; no host sync; capturable in a CUDA graph. Source: DeepSeek-V3.2, section 2 (DSA).
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.flash_mla.sparse_decode.default(  # type: ignore[no-any-return]
+            q, kv_cache, indices, attn_sink, topk_length, kv_lora_rank, softmax_scale, backend
+        )
+    out, lse, _ = _sparse(
+        "sparse_decode", q, kv_cache, indices, attn_sink, topk_length, kv_lora_rank, softmax_scale, backend, False
+    )
+    return out, lse
+
+
+def _sparse(
+    function: str,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    backend: str | None,
+    wants_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`sparse_decode`, and if wanted the largest scaled score, fp32 `[batch, num_heads, seqlen_q]`, natural log, -inf
+    where nothing is visible."""
+    call = check_sparse(q, kv_cache, indices, kv_lora_rank, attn_sink, topk_length, function)
+    if debug.is_on():
+        debug.check_sparse(function, call, kv_cache, indices, topk_length)
+    name = _choose(function, call, backend)
+    _count_launch("sparse_decode", name)
+    batch, seqlen_q, num_heads, d_qk = q.shape
+    lengths = None if topk_length is None else topk_length.repeat_interleave(seqlen_q)
+    out: torch.Tensor
+    lse: torch.Tensor
+    out, lse, largest = BACKENDS[name].sparse_decode(
+        call,
+        q.reshape(batch * seqlen_q, 1, num_heads, d_qk),
+        kv_cache,
+        indices.reshape(batch * seqlen_q, indices.shape[2]),
+        lengths,
+        softmax_scale,
+        attn_sink,
+        wants_max,
+    )
+
+    def by_request(values: torch.Tensor) -> torch.Tensor:
+        return values.view(batch, seqlen_q, num_heads).transpose(1, 2).contiguous()
+
+    out = out.view(batch, seqlen_q, num_heads, kv_lora_rank)
+    return out, by_request(lse), None if largest is None else by_request(largest)
 
 
 def append(
@@ -352,13 +438,15 @@ def append(
     """Write new tokens into their pages: row `slots[b, j]` of the pool becomes `[latent[b, j] | k_rope[b, j]]`.
 
     Args:
-        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, written in place.
-        latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, normalised, dtype of `kv_cache`; strides free.
+        kv_cache: `[num_blocks, block_size, h_kv, d_qk]`, written in place. Of FP8 rows, uint8 `[num_blocks, block_size,
+            h_kv, row_bytes]`, tokens are encoded as they are written (`flash_mla.codec.encode_rows`).
+        latent: `[batch, seqlen_q, h_kv, kv_lora_rank]`, normalised, dtype of `kv_cache` (any for FP8 rows); strides
+            free.
         k_rope: `[batch, seqlen_q, h_kv, qk_rope_head_dim]`, already rotated; strides free.
         slots: int64 `[batch, seqlen_q]`, block * block_size + offset. Must lie inside the pool (not checked here).
             Tokens that nobody may read go to a page that no table names; otherwise
             two tokens of one call share a slot only if their rows are equal.
-        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of `kv_cache`; its last columns become `q_rope`, in the same
+        q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of `latent`; its last columns become `q_rope`, in the same
             launch (the first `kv_lora_rank` are left as they are: the absorbed query). Or None.
         q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, rotated; strides free. Given exactly with `q`.
         backend: "cuda", "triton" or "torch", obeyed or refused; None takes the first that accepts.
@@ -383,6 +471,8 @@ def _append(
     q_rope: torch.Tensor | None = None,
 ) -> None:
     call = check_append(kv_cache, latent, k_rope, slots, q, q_rope)
+    if debug.is_on():
+        debug.check_append("append", call, slots)
     name = _choose("append", call, backend)
     _count_launch("append", name)
     BACKENDS[name].append(call, kv_cache, latent, k_rope, slots, q, q_rope)
@@ -491,6 +581,10 @@ _library.define(
 _library.define(
     "append(Tensor(a!) kv_cache, Tensor latent, Tensor k_rope, Tensor slots, str? backend) -> ()",
 )
+_library.define(
+    "sparse_decode(Tensor q, Tensor kv_cache, Tensor indices, Tensor? attn_sink, Tensor? topk_length,"
+    " int kv_lora_rank, float softmax_scale, str? backend) -> (Tensor out, Tensor lse)"
+)
 _library.define("plan(Tensor cache_seqlens, int num_slots, bool deterministic) -> (Tensor items, Tensor splits)")
 
 
@@ -540,6 +634,37 @@ def _decode_fake(
     return out, q.new_empty((batch, num_heads, seqlen_q), dtype=accumulate)
 
 
+def _sparse_decode_op(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, _ = _sparse(
+        "sparse_decode", q, kv_cache, indices, attn_sink, topk_length, kv_lora_rank, softmax_scale, backend, False
+    )
+    return out, lse
+
+
+def _sparse_decode_fake(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    topk_length: torch.Tensor | None,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _decode_fake(
+        q, kv_cache, indices, indices, None, None, kv_lora_rank, softmax_scale, causal=False, backend=backend
+    )
+
+
 def _append_op(
     kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor, backend: str | None
 ) -> None:
@@ -560,8 +685,10 @@ def _plan_fake(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool)
 
 # CompositeExplicitAutograd: one implementation for every device; there is no gradient (decode is inference).
 _library.impl("decode", _decode_op, "CompositeExplicitAutograd")
+_library.impl("sparse_decode", _sparse_decode_op, "CompositeExplicitAutograd")
 _library.impl("append", _append_op, "CompositeExplicitAutograd")
 _library.impl("plan", _plan_op, "CompositeExplicitAutograd")
 torch.library.register_fake("flash_mla::decode", _decode_fake, lib=_library)
+torch.library.register_fake("flash_mla::sparse_decode", _sparse_decode_fake, lib=_library)
 torch.library.register_fake("flash_mla::append", _append_fake, lib=_library)
 torch.library.register_fake("flash_mla::plan", _plan_fake, lib=_library)

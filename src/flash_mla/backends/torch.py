@@ -4,8 +4,11 @@ measured against this one, and this one against `F.scaled_dot_product_attention`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..codec import decode_rows, encode_rows
 from ..contract import (
     CUT_COST,
     FIXED_UNITS,
@@ -20,7 +23,17 @@ from ..contract import (
     check_slots,
 )
 
-__all__ = ["append", "append_refusals", "decode", "decode_refusals", "next_slots", "num_slots", "plan"]
+__all__ = [
+    "append",
+    "append_refusals",
+    "decode",
+    "decode_refusals",
+    "next_slots",
+    "num_slots",
+    "plan",
+    "plan_whole",
+    "sparse_decode",
+]
 
 # Elements of gathered latents held at once: 2**26 fp32 elements are 256 MiB.
 GATHER_ELEMENTS = 2**26
@@ -69,7 +82,7 @@ def plan(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool = Fals
     if deterministic:
         return _plan_fixed(cache_seqlens, num_slots)
     if cache_seqlens.device.type != "cpu":
-        return _plan_whole(cache_seqlens, num_slots)
+        return plan_whole(cache_seqlens, num_slots)
     units = [(max(length, 0) + PLAN_BLOCK - 1) // PLAN_BLOCK for length in cache_seqlens.tolist()]
     even_share = -(-(sum(units) + ITEM_COST * batch) // num_slots)
     lowest = max(even_share, ITEM_COST + CUT_COST + MIN_TAKE)
@@ -118,7 +131,7 @@ def _walk(units: list[int], num_slots: int, capacity: int) -> list[tuple[int, li
     return requests
 
 
-def _plan_whole(cache_seqlens: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_whole(cache_seqlens: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every request whole, as many to each slot whatever their lengths; from the shape alone, on the device."""
     batch = cache_seqlens.shape[0]
     request = torch.arange(batch, device=cache_seqlens.device)
@@ -190,7 +203,7 @@ def decode(
         # Entries past the length are garbage by contract (2**31-ish): they may not even be used as an index.
         used = key[:: call.block_size] < lengths[:, None]
         pages = torch.where(used, block_table[rows].long(), 0)
-        kv = kv_cache[pages].reshape(len(lengths), num_keys, call.h_kv, d_qk).to(accumulate)
+        kv = _rows(call, kv_cache, pages, accumulate).flatten(1, 2)  # [rows, keys, h_kv, d_qk]
         stored = key < lengths[:, None]  # [rows, keys]
         # Rows past the length may hold NaN, and 0 * NaN is NaN: clear them before they meet a zero probability.
         kv = kv.masked_fill(~stored[:, :, None, None], 0)
@@ -209,6 +222,73 @@ def decode(
         out[rows] = mixed.flatten(2, 3).to(q.dtype)
         lse[rows] = part_lse.masked_fill(empty, float("inf")).flatten(1, 2)
     return out, lse
+
+
+def _rows(call: DecodeCall, kv_cache: torch.Tensor, where: Any, dtype: torch.dtype) -> torch.Tensor:
+    """`kv_cache[where]` as `[..., d_qk]` in `dtype`, whatever the rows are made of."""
+    if not call.fp8:
+        rows: torch.Tensor = kv_cache[where].to(dtype)
+        return rows
+    rows = kv_cache.view(torch.uint8)[where]
+    return torch.cat(decode_rows(rows, call.kv_lora_rank, call.qk_rope_head_dim, dtype), dim=-1)
+
+
+def sparse_decode(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    lengths: torch.Tensor | None,
+    softmax_scale: float,
+    attn_sink: torch.Tensor | None,
+    wants_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention of each query to the rows of the pool that it names; a row named twice counts twice.
+
+    Args:
+        call: with every query as a request: `batch` queries of `seqlen_q` = 1, `max_blocks` = topk.
+        q: `[queries, 1, num_heads, d_qk]`.
+        kv_cache: `[num_blocks, block_size, 1, d_qk]`, or FP8 rows.
+        indices: int32 `[queries, topk]`, block * block_size + offset; outside the pool: no token.
+        lengths: int32 `[queries]`, how many of the first indices count, or None.
+        softmax_scale: multiplier of the scores.
+        attn_sink: fp32 `[num_heads]`: one more entry of each softmax, without a value, in natural log; or None.
+        wants_max: whether to return the largest scaled score.
+    Returns: out `[queries, 1, num_heads, kv_lora_rank]`, lse and, if wanted, the largest score, both fp32 (fp64 for
+        fp64) `[queries, num_heads, 1]`, natural log, without the sink. Where nothing is visible: 0, +inf, -inf.
+    """
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=q.device)
+    lse = torch.empty((call.batch, call.num_heads, 1), dtype=accumulate, device=q.device)
+    largest = torch.empty_like(lse) if wants_max else None
+    num_rows, topk, d_qk = call.num_blocks * call.block_size, call.max_blocks, q.shape[3]
+    if num_rows == 0 or topk == 0:
+        return out.zero_(), lse.fill_(float("inf")), None if largest is None else largest.fill_(float("-inf"))
+    step = max(1, GATHER_ELEMENTS // (topk * d_qk))
+    place = torch.arange(topk, device=q.device)
+    for begin in range(0, call.batch, step):
+        part = slice(begin, min(begin + step, call.batch))
+        slots = indices[part].long()
+        visible = (slots >= 0) & (slots < num_rows)
+        if lengths is not None:
+            visible &= place < lengths[part, None]
+        slots = torch.where(visible, slots, 0)
+        kv = _rows(call, kv_cache, (slots // call.block_size, slots % call.block_size, 0), accumulate)
+        # Row 0 stands in for what is not visible and may hold NaN, and 0 * NaN is NaN.
+        kv = kv.masked_fill(~visible.unsqueeze(-1), 0)
+        scores = torch.einsum("nhd,nkd->nhk", q[part, 0].to(accumulate), kv) * softmax_scale
+        scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
+        part_lse = scores.logsumexp(-1)
+        empty = part_lse == float("-inf")
+        probability = scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0)
+        mixed = probability @ kv[..., : call.kv_lora_rank]
+        if attn_sink is not None:  # exp(lse) / (exp(lse) + exp(sink))
+            mixed = mixed * torch.sigmoid(part_lse - attn_sink.to(accumulate)).masked_fill(empty, 0).unsqueeze(-1)
+        out[part, 0] = mixed.to(q.dtype)
+        lse[part, :, 0] = part_lse.masked_fill(empty, float("inf"))
+        if largest is not None:
+            largest[part, :, 0] = scores.amax(-1)
+    return out, lse, largest
 
 
 def next_slots(
@@ -259,6 +339,9 @@ def append(
     Shapes as in `contract.check_append`. Two tokens share a slot only if equal or unread.
     """
     block, offset = slots // call.block_size, slots % call.block_size
-    kv_cache[block, offset] = torch.cat((latent, k_rope), dim=-1)
+    if call.fp8:
+        kv_cache.view(torch.uint8)[block, offset] = encode_rows(latent, k_rope)
+    else:
+        kv_cache[block, offset] = torch.cat((latent, k_rope), dim=-1)
     if q is not None and q_rope is not None:
         q[..., call.kv_lora_rank :] = q_rope

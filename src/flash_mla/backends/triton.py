@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..codec import ROW_ALIGNMENT
 from ..contract import (
     CUT_COST,
     FIXED_UNITS,
@@ -28,6 +29,7 @@ from ..contract import (
     DecodeCall,
     check_slots,
 )
+from .torch import plan_whole
 
 kernels: Any = None
 plans: Any = None
@@ -40,7 +42,16 @@ if importlib.util.find_spec("triton") is not None:
 
     INTERPRETED = not isinstance(kernels.decode_kernel, triton.JITFunction)
 
-__all__ = ["INTERPRETED", "append", "append_refusals", "decode", "decode_refusals", "num_slots", "plan"]
+__all__ = [
+    "INTERPRETED",
+    "append",
+    "append_refusals",
+    "decode",
+    "decode_refusals",
+    "num_slots",
+    "plan",
+    "sparse_decode",
+]
 
 LOG2_E = math.log2(math.e)
 # As `triton_kernels` names them; plain integers, to be at hand without triton.
@@ -50,6 +61,8 @@ WGMMA_TRITON = (3, 4)
 # What the interpreter pretends to be: enough processors that small cases are cut; Hopper, so that every form runs.
 INTERPRETER_SMS = 16
 INTERPRETER_HAS_WGMMA = True
+# What 32 rows x 32 tokens of FP8 rows take, in bytes: 107,136 with two buffers, 111,616 with three.
+FP8_TILE_BYTES = 112 * 1024
 # Rows of queries whose rotated columns one program of `append` places.
 PLACED_ROWS = 16
 
@@ -90,13 +103,14 @@ def device_of(device_type: str, device_index: int) -> Device:
     return Device(properties.multi_processor_count, shared_memory, properties.major == 9 and recent)
 
 
-def choose_schedule(rows: int, d_qk: int, device: Device) -> Schedule:
+def choose_schedule(rows: int, d_qk: int, device: Device, fp8: bool = False) -> Schedule:
     """Tile sizes from plain integers; measured on an H200 (block_n 32 and 64, 4 and 8 warps, 1 to 4 buffers).
 
     Args:
         rows: query rows that share one latent row.
         d_qk: width of a latent row, in elements of 2 bytes.
         device: see `device_of`.
+        fp8: whether the rows are FP8 rows, which become rows of 2-byte elements on their way.
     """
     if device.has_wgmma and rows > 16:
         if rows <= 32:
@@ -107,6 +121,8 @@ def choose_schedule(rows: int, d_qk: int, device: Device) -> Schedule:
     for block_n, num_warps, num_stages in ((64, 8, 3), (32, 4, 3), (32, 4, 2)):
         # mma.sync: a stage less in shared memory than in flight; 4 KiB for exchanges between warps.
         needed = (block_m + (num_stages - 1) * block_n) * d_qk * 2 + 4096
+        if fp8 and block_m == 32:  # the scaled tile passes through shared memory; as Triton 3.9 compiles it
+            needed = max(needed, FP8_TILE_BYTES)
         if needed <= device.shared_memory and (block_m == 16 or block_n == 32):
             return Schedule(block_m, block_n, FORM_PLAIN, num_warps, num_stages, 1)
     return Schedule(16, 16, FORM_PLAIN, 4, 2, 1)
@@ -136,10 +152,15 @@ def _shape_refusals(call: DecodeCall | AppendCall) -> list[str]:
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if shape not in LATENT_SHAPES:
         reasons.append(f"takes (kv_lora_rank, qk_rope_head_dim) in {list(LATENT_SHAPES)}, got {shape}")
-    if call.block_size % 16:
+    if call.block_size % 16 and not (isinstance(call, DecodeCall) and call.sparse):
         reasons.append(f"takes a block_size that 16 divides, got {call.block_size}")
     if call.kv_cache_strides[3] != 1:
         reasons.append(f"needs the last stride of kv_cache to be 1, got {call.kv_cache_strides[3]}")
+    if call.fp8 and (call.kv_cache_misalignment or any(stride % 16 for stride in call.kv_cache_strides[:3])):
+        reasons.append(
+            "needs FP8 rows that begin at multiples of 16 bytes, got strides "
+            f"{call.kv_cache_strides} and a pool {call.kv_cache_misalignment} bytes past one"
+        )
     return reasons
 
 
@@ -157,7 +178,7 @@ def append_refusals(call: AppendCall) -> list[str]:
 def num_slots(call: DecodeCall) -> int:
     """Slots of a split plan: as many programs of a row tile each as run at once, and at least one."""
     device = device_of(call.device_type, call.device_index)
-    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
+    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device, call.fp8)
     tiles = call.h_kv * -(-call.rows // schedule.block_m)
     return max(1, device.num_sms * schedule.programs_per_sm // tiles)
 
@@ -198,6 +219,17 @@ def plan(cache_seqlens: torch.Tensor, num_slots: int, deterministic: bool = Fals
     return items, splits
 
 
+def _views(kv_cache: torch.Tensor, is_fp8: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A pool of FP8 rows as bytes, fp32 and int16, all of the same memory; any other pool three times."""
+    if not is_fp8:
+        return kv_cache, kv_cache, kv_cache
+    # Rows of another stride than their length cannot be viewed as wider elements: the kernel has the strides, and
+    # wants the address and a type.
+    rows = kv_cache.view(torch.uint8)
+    first = rows.as_strided((ROW_ALIGNMENT,), (1,)) if rows.numel() else rows.new_empty(ROW_ALIGNMENT)
+    return rows, first.view(torch.float32), first.view(torch.int16)
+
+
 def decode(
     call: DecodeCall,
     q: torch.Tensor,
@@ -213,6 +245,48 @@ def decode(
     Shapes as in `contract.check_decode`; returns as `backends.torch.decode`. A `q` whose last stride is not 1 is
     copied; the pool never is.
     """
+    return _launch(call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits, None, None)
+
+
+def sparse_decode(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    lengths: torch.Tensor | None,
+    softmax_scale: float,
+    attn_sink: torch.Tensor | None,
+    wants_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention of each query to the rows that it names; arguments and results as `backends.torch.sparse_decode`.
+
+    The kernel of dense decode, every query a request and every row a page. Where the largest score is wanted no query
+    is cut (prompts, which have queries enough).
+    """
+    if lengths is None:
+        lengths = torch.full((call.batch,), call.max_blocks, dtype=torch.int32, device=q.device)
+    else:  # the kernel trusts lengths as far as the table goes
+        lengths = lengths.clamp(max=call.max_blocks)
+    items = splits = largest = None
+    if wants_max:
+        items, splits = plan_whole(lengths, 1)
+        largest = torch.empty((call.batch, call.num_heads, 1), dtype=torch.float32, device=q.device)
+    out, lse = _launch(call, q, kv_cache, indices, lengths, softmax_scale, items, splits, attn_sink, largest)
+    return out, lse, largest
+
+
+def _launch(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    items: torch.Tensor | None,
+    splits: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    largest: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty((*q.shape[:3], call.kv_lora_rank), dtype=q.dtype, device=q.device)
     lse = torch.empty((call.batch, call.num_heads, call.seqlen_q), dtype=torch.float32, device=q.device)
     if call.batch == 0:
@@ -222,7 +296,7 @@ def decode(
     if q.stride(3) != 1:
         q = q.contiguous()
     device = device_of(call.device_type, call.device_index)
-    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device)
+    schedule = choose_schedule(call.rows, call.kv_lora_rank + call.qk_rope_head_dim, device, call.fp8)
     rows_of_plan = items.shape[0]
     slots = rows_of_plan - call.batch
     # Nothing is cut for one slot: the two are never touched, and out and lse stand in for them.
@@ -232,12 +306,17 @@ def decode(
         lse_partial = torch.empty((2 * slots, *out.shape[1:3]), dtype=torch.float32, device=q.device)
     row_tiles = -(-call.rows // schedule.block_m)
     tiles = row_tiles * call.h_kv
+    rows_of_pool, kv_scales, kv_rope = _views(kv_cache, call.fp8)
     with _on(q.device):
         kernels.decode_kernel[(rows_of_plan * tiles,)](
             q,
-            kv_cache,
+            rows_of_pool,
+            kv_scales,
+            kv_rope,
             block_table,
             cache_seqlens,
+            lse if attn_sink is None else attn_sink,
+            lse if largest is None else largest,
             items,
             splits,
             out,
@@ -257,15 +336,20 @@ def decode(
             tiles,
             slots,
             call.block_size,
+            min(call.num_blocks * call.block_size, 2**31 - 1),
             KV_STRIDE_TOKEN=kv_cache.stride(1),
             CAUSAL=call.causal and call.seqlen_q > 1,
             KV_LORA_RANK=call.kv_lora_rank,
             QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
             BLOCK_M=schedule.block_m,
             BLOCK_N=schedule.block_n,
-            ONE_PAGE=call.block_size % schedule.block_n == 0,
+            ONE_PAGE=not call.sparse and call.block_size % schedule.block_n == 0,
             UNIT=PLAN_BLOCK,
             FORM=schedule.form,
+            FP8=call.fp8,
+            SPARSE=call.sparse,
+            HAS_SINKS=attn_sink is not None,
+            WANTS_MAX=largest is not None,
             num_warps=schedule.num_warps,
             num_stages=schedule.num_stages,
         )
@@ -283,9 +367,11 @@ def decode(
                 lse,
                 o_partial,
                 lse_partial,
+                lse if attn_sink is None else attn_sink,
                 call.seqlen_q,
                 call.num_heads,
                 slots,
+                HAS_SINKS=attn_sink is not None,
                 KV_LORA_RANK=call.kv_lora_rank,
                 BLOCK_ROWS=block_rows,
                 BLOCK_D=block_d,
@@ -319,9 +405,12 @@ def append(
     num_heads = target.shape[2] if places else 1
     q_programs = -(-call.batch * call.seqlen_q * num_heads // PLACED_ROWS) if places else 0
     append_programs = -(-num_rows // block_rows)
+    rows_of_pool, kv_scales, kv_rope = _views(kv_cache, call.fp8)
     with _on(kv_cache.device):
         kernels.append_kernel[(append_programs + q_programs,)](
-            kv_cache,
+            rows_of_pool,
+            kv_scales,
+            kv_rope,
             latent,
             k_rope,
             slots,
@@ -344,5 +433,6 @@ def append(
             QK_ROPE_HEAD_DIM=call.qk_rope_head_dim,
             BLOCK_ROWS=block_rows,
             PLACED_ROWS=PLACED_ROWS,
+            FP8=call.fp8,
             num_warps=1 if block_rows == 1 else 4,
         )

@@ -84,6 +84,8 @@ def append_refusals(call: AppendCall) -> list[str]:
     if reason := driver.unavailable():
         return [reason]
     reasons = []
+    if call.fp8:
+        reasons.append("writes rows as they come, not FP8 rows")
     if call.capability != CAPABILITY:
         major, minor = call.capability or (0, 0)
         reasons.append(f"needs compute capability 9.0 (Hopper), have {major}.{minor}")

@@ -79,6 +79,10 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     if reason := _unavailable():
         return [reason]
     reasons = []
+    if call.fp8:
+        reasons.append("reads rows of bfloat16 and float16, got FP8 rows")
+    if call.sparse:
+        reasons.append("has no kernel for sparse attention")
     if call.capability != CAPABILITY:
         major, minor = call.capability or (0, 0)
         reasons.append(f"needs compute capability 9.0 (Hopper), have {major}.{minor}")
