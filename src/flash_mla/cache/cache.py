@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from ..codec import COLUMNS_PER_SCALE
 from ..ops import BACKENDS
 from .group import PagedGroup
 from .layer import PagedLatentLayer
@@ -26,7 +27,7 @@ class MemoryReport:
         tokens_used: real tokens over all rows.
         tokens_padded: positions of a padded cache of the same batch: rows x padded length.
         bytes_allocated: bytes of the pools.
-        bytes_padded: bytes that a padded cache of latents would take.
+        bytes_padded: bytes that a padded cache of latents would take, in the dtype of the model.
     """
 
     block_size: int
@@ -57,7 +58,9 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         prompt_repeats: consecutive rows that will be given the same prompt (what `generate` does for beams and
             `num_return_sequences`); they share its pages.
         backend: "cuda", "triton" or "torch" for every op of this cache, obeyed or refused; None chooses.
-    Raises: ValueError: a config without `kv_lora_rank`, or a bad option.
+        dtype: "fp8" stores tokens as FP8 rows: 656 bytes each instead of 1,152 in DeepSeek's latent shape, latents
+            within 2^-4 of themselves (`flash_mla.codec`). None stores them as the model computes.
+    Raises: ValueError: a config without `kv_lora_rank`, or one that FP8 rows do not hold, or a bad option.
 
     Only real tokens are stored: padding takes no page. `get_seq_length()` is the padded length, as `generate` expects.
     """
@@ -70,6 +73,7 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         *,
         prompt_repeats: int = 1,
         backend: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         if not isinstance(block_size, int) or block_size < 16 or block_size % 16:
             raise ValueError(f"flash_mla.PagedLatentCache: block_size must be a multiple of 16, got {block_size!r}")
@@ -81,6 +85,10 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
             raise ValueError(
                 f"flash_mla.PagedLatentCache: backend must be one of {[*BACKENDS]} or None, got {backend!r}"
             )
+        if dtype not in (None, "fp8"):
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: dtype must be 'fp8', or None for that of the model, got {dtype!r}"
+            )
         text_config = config.get_text_config(decoder=True)
         own = StaticCache(text_config, max_cache_len) if max_cache_len is not None else DynamicCache(config=text_config)
         plain = DynamicLayer if max_cache_len is None else StaticLayer
@@ -90,7 +98,15 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
                 f"flash_mla.PagedLatentCache: config of model type {text_config.model_type!r} has no kv_lora_rank: "
                 "not a model with Multi-head Latent Attention"
             )
-        self.group = PagedGroup(text_config, block_size, max_cache_len, prompt_repeats, backend, ranks)
+        unfit = sorted({rank for rank in ranks if rank is not None and rank % COLUMNS_PER_SCALE})
+        if dtype == "fp8" and unfit:
+            raise ValueError(
+                f"flash_mla.PagedLatentCache: dtype='fp8' needs a kv_lora_rank that {COLUMNS_PER_SCALE} divides, got "
+                f"{', '.join(map(str, unfit))} in the config of model type {text_config.model_type!r}"
+            )
+        self.group = PagedGroup(
+            text_config, block_size, max_cache_len, prompt_repeats, backend, ranks, is_fp8=dtype == "fp8"
+        )
         # Sliding, linear, indexed and dummy layers stay Transformers' own: only a plain attention layer is paged.
         layers = [
             PagedLatentLayer(self.group, index) if type(layer) is plain and ranks[index] else layer
@@ -107,6 +123,11 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
     def max_cache_len(self) -> int | None:
         """Positions per row that were reserved; None if the cache grows."""
         return self.group.max_cache_len
+
+    @property
+    def dtype(self) -> str | None:
+        """ "fp8", or None: as the model computes."""
+        return "fp8" if self.group.is_fp8 else None
 
     @property
     def paged_layers(self) -> list[PagedLatentLayer]:
@@ -150,7 +171,7 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         bytes_allocated = bytes_padded = 0
         for layer in self.paged_layers:
             if layer.kv_cache is not None and layer.state is not None:
-                row = layer.kv_cache.shape[3] * layer.kv_cache.element_size()
+                row = layer.d_qk * layer.dtype.itemsize
                 bytes_allocated += layer.kv_cache.numel() * layer.kv_cache.element_size()
                 bytes_padded += layer.state.batch * layer.state.seen_int() * row
         return MemoryReport(

@@ -21,6 +21,7 @@ class PagedGroup:
         config: text config of the model; says which attention runs.
         block_size, max_cache_len, prompt_repeats, backend: as in `PagedLatentCache`.
         kv_lora_ranks: by layer, None where a layer has no latents.
+        is_fp8: whether tokens are stored as FP8 rows (`flash_mla.codec`).
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class PagedGroup:
         prompt_repeats: int,
         backend: str | None,
         kv_lora_ranks: list[int | None],
+        is_fp8: bool = False,
     ) -> None:
         self.config = config
         self.block_size = block_size
@@ -38,6 +40,7 @@ class PagedGroup:
         self.prompt_repeats = prompt_repeats
         self.backend = backend
         self.kv_lora_ranks = kv_lora_ranks
+        self.is_fp8 = is_fp8
         self.states: dict[torch.device, PagedState] = {}
 
     @property

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .. import ops
+from ..codec import decode_rows, row_layout
 from .group import PagedGroup
 from .growing import GrowingState
 from .pool import Pool
@@ -46,7 +47,8 @@ class Latents:
 
 
 class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Pages `[num_blocks, block_size, 1, kv_lora_rank + qk_rope_head_dim]` of one MLA layer.
+    """Pages `[num_blocks, block_size, 1, kv_lora_rank + qk_rope_head_dim]` of one MLA layer, in the latents' dtype; or
+    FP8 rows, uint8 `[num_blocks, block_size, 1, row_bytes]`. `dtype` is that of the latents either way.
 
     Args:
         group: what it shares with the other paged layers: options, the attention in use, lengths and pages.
@@ -66,12 +68,18 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.kv_cache: torch.Tensor | None = None
         self.state: PagedState | None = None
         self.kv_lora_rank = 0
+        self.qk_rope_head_dim = 0
         # The up-projection of a module that is not a plain linear layer, as a matrix (hf/absorb.py). It is kept here so
         # that it dies with the generation; the key says which numbers and adapters it was made from.
         self.absorbed_key: object = None
         self.absorbed: torch.Tensor | None = None
         # What the last decode step found out for the next one (hf/step.py).
         self.step: Any = None
+
+    @property
+    def d_qk(self) -> int:
+        """Columns of a latent row, rotated key included."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def is_compileable(self) -> bool:
@@ -94,11 +102,11 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         batch, device = key_states.shape[0], key_states.device
         self.state, self.is_leader = self.group.join(batch, device, self.index)
-        self.kv_lora_rank = key_states.shape[-1]
-        d_qk = self.kv_lora_rank + value_states.shape[-1]
+        self.kv_lora_rank, self.qk_rope_head_dim = key_states.shape[-1], value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        shape = (self.state.num_blocks, self.state.block_size, 1, d_qk)
-        self.kv_cache = self.pool.zeros(shape, dtype, device)
+        width = row_layout(self.kv_lora_rank, self.qk_rope_head_dim).row_bytes if self.group.is_fp8 else self.d_qk
+        shape = (self.state.num_blocks, self.state.block_size, 1, width)
+        self.kv_cache = self.pool.zeros(shape, torch.uint8 if self.group.is_fp8 else dtype, device)
         if self.group.max_cache_len is not None and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.kv_cache)
         self.dtype, self.device = dtype, device
@@ -145,16 +153,13 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.kv_cache is None or self.state is None:
             return
         dtype = torch.promote_types(latent.dtype, k_rope.dtype)
-        d_qk = latent.shape[-1] + k_rope.shape[-1]
-        if (self.kv_lora_rank, self.kv_cache.shape[3]) != (latent.shape[-1], d_qk):
+        if (self.kv_lora_rank, self.qk_rope_head_dim) != (latent.shape[-1], k_rope.shape[-1]):
             raise ValueError(
-                f"{where}: holds rows of {self.kv_lora_rank} + {self.kv_cache.shape[3] - self.kv_lora_rank} columns, "
+                f"{where}: holds rows of {self.kv_lora_rank} + {self.qk_rope_head_dim} columns, "
                 f"got {latent.shape[-1]} + {k_rope.shape[-1]}: a cache of another model?"
             )
-        if dtype != self.kv_cache.dtype or latent.device != self.kv_cache.device:
-            raise ValueError(
-                f"{where}: holds {self.kv_cache.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}"
-            )
+        if dtype != self.dtype or latent.device != self.kv_cache.device:
+            raise ValueError(f"{where}: holds {self.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}")
         if latent.shape[0] != self.state.batch and (self.state.has_context or self.group.max_cache_len is not None):
             raise ValueError(f"{where}: holds a batch of {self.state.batch}, got {latent.shape[0]}")
 
@@ -184,15 +189,14 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Args:
             new: as given to `begin`.
-            q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of the pool, or None.
+            q: `[batch, seqlen_q, num_heads, d_qk]`, dtype of the latents, or None.
             q_rope: `[batch, seqlen_q, num_heads, qk_rope_head_dim]`, given with `q`.
         """
         assert self.state is not None and self.kv_cache is not None
-        dtype = self.kv_cache.dtype
         ops.append(
             self.kv_cache,
-            new.latent.detach().transpose(1, 2).to(dtype),
-            new.k_rope.detach().transpose(1, 2).to(dtype),
+            new.latent.detach().transpose(1, 2).to(self.dtype),
+            new.k_rope.detach().transpose(1, 2).to(self.dtype),
             self.state.slots,
             q=q,
             q_rope=q_rope,
@@ -239,7 +243,13 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = self.kv_cache[slots // self.state.block_size, slots % self.state.block_size, 0]
         if stored is not None:
             rows = rows.masked_fill(~stored.unsqueeze(-1), 0)  # page 0 may hold anything, NaN included
-        latent, k_rope = rows.unsqueeze(1).split((self.kv_lora_rank, rows.shape[-1] - self.kv_lora_rank), dim=-1)
+        return self.latents_of(rows.unsqueeze(1))
+
+    def latents_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[..., kv_lora_rank]` and rotated keys `[..., qk_rope_head_dim]` of rows of the pool."""
+        if self.group.is_fp8:
+            return decode_rows(rows, self.kv_lora_rank, self.qk_rope_head_dim, self.dtype)
+        latent, k_rope = rows.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         return latent, k_rope
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | torch.Tensor]:

@@ -216,7 +216,7 @@ def _sliced(
     if weights is not None and (state.context_len is None or seqlen_q <= longest):
         record(module.config.model_type, "sliced", f"the context absorbed: {how}")
         w_uk, w_uv = weights
-        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
+        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
         context = functools.partial(absorbed_context, layer, q, scaling, functools.partial(_unabsorbed, w_uv=w_uv))
     else:
         record(module.config.model_type, "sliced", f"the context expanded: {seqlen_q} queries, more than {longest}")
@@ -255,7 +255,7 @@ def _absorbed(
     assert state is not None and layer.kv_cache is not None
     w_uk, w_uv = weights
     layer.store(new)
-    q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.kv_cache.dtype)
+    q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
     out, _ = ops.decode(
         q,
         layer.kv_cache,

@@ -8,7 +8,6 @@ for every model whose text config does not say "flash_mla".
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import sys
 from collections.abc import Callable
@@ -18,28 +17,24 @@ import torch
 import transformers
 from torch import nn
 from transformers import modeling_utils
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..cache import Latents, PagedLatentCache, PagedLatentLayer
-from ..contract import UnsupportedError
+from ..cache import Latents, PagedLatentCache
 from .attention import flash_mla_attention
 from .mask import flash_mla_mask
 from .models import require_mla
-from .prefill import expect_repeats, wrap_prefill
+from .new_cache import check_capacity, check_layers, forget_warnings, new_cache, refuse_options
+from .prefill import wrap_prefill
 
 __all__ = ["NAME", "is_registered", "register", "unregister"]
 
 NAME = "flash_mla"
 OLDEST = (5, 17)  # latents are cached since 5.15; older versions than this one are not tested
 
-logger = logging.getLogger(__name__)
-
 # What was there before, by (owner, attribute): how `unregister` restores it, newest first.
 _originals: list[tuple[Any, str, Any]] = []
-_told: set[str] = set()
 
 
 def _version_gate() -> None:
@@ -76,7 +71,7 @@ def unregister() -> None:
         setattr(owner, attribute, original)
     AttentionInterface._global_mapping.pop(NAME, None)
     AttentionMaskInterface._global_mapping.pop(NAME, None)
-    _told.clear()
+    forget_warnings()
     _seen_types.clear()
 
 
@@ -84,12 +79,6 @@ def _replace(owner: Any, attribute: str, wrap: Callable[[Any], Any]) -> None:
     original = getattr(owner, attribute)
     _originals.append((owner, attribute, original))
     setattr(owner, attribute, wrap(original))
-
-
-def _warn_once(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
-        logger.warning(text)
 
 
 # --- the name ---------------------------------------------------------------------------------------------------------
@@ -195,15 +184,20 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         text_config = self.config.get_text_config(decoder=True)
         user_cache = model_kwargs.get("past_key_values")
         if isinstance(user_cache, PagedLatentCache):
-            _check_capacity(user_cache, generation_config, model_kwargs, max_cache_length)
+            check_capacity(user_cache, generation_config, model_kwargs, max_cache_length)
         if text_config._attn_implementation == NAME:
             family = require_mla(text_config)
+            modules = _hook_model(self)
             if isinstance(user_cache, PagedLatentCache):
-                _check_layers(user_cache, _hook_model(self), text_config)
-            elif user_cache is None and generation_config.use_cache is not False:
-                cache = _make_cache(
+                refuse_options(generation_config, "a cache was given: give them to PagedLatentCache")
+                check_layers(user_cache, modules, text_config)
+            elif user_cache is not None or generation_config.use_cache is False:
+                refuse_options(generation_config, "a cache was given" if user_cache is not None else "use_cache=False")
+            else:
+                cache = new_cache(
                     self,
                     family.cache,
+                    modules,
                     text_config,
                     generation_config,
                     generation_mode,
@@ -216,104 +210,3 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     return _prepare_cache_for_generation
-
-
-def _make_cache(
-    model: Any,
-    kind: str,
-    text_config: Any,
-    generation_config: Any,
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> PagedLatentCache | None:
-    """The paged cache that `generate` is to use, or None where Transformers' own is the right one (said out loud)."""
-    implementation = generation_config.cache_implementation
-    if kind == "own":
-        _warn_once(
-            f"flash_mla: {text_config.model_type} keeps Transformers' own cache and the dense attention path; "
-            "sparse attention on pages is not there yet"
-        )
-        return None
-    if implementation not in (None, "dynamic", "static"):
-        logger.info("flash_mla: cache_implementation=%r is Transformers' own, dense path", implementation)
-        return None
-    modules = _hook_model(model)
-    if not modules:
-        _warn_once(
-            f"flash_mla: {type(model).__name__} has no attention module with expand_kv and kv_b_proj; "
-            "Transformers' own cache and the dense path are used"
-        )
-        return None
-    repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    if implementation != "static":
-        growing = PagedLatentCache(text_config, prompt_repeats=repeats)
-        expect_repeats(growing, repeats)
-        return _told_of_assistant(growing, generation_config)
-    if generation_mode == GenerationMode.ASSISTED_GENERATION:
-        raise UnsupportedError("flash_mla: assisted decoding needs a growing cache, got cache_implementation='static'")
-    # Transformers' rule for its StaticCache: never smaller than in an earlier call, so that nothing is recompiled.
-    capacity = max(
-        max_cache_length, generation_config.max_cache_len or -1, getattr(model, "_previous_max_cache_length", -1)
-    )
-    model._previous_max_cache_length = capacity
-    cache = _told_of_assistant(PagedLatentCache(text_config, max_cache_len=capacity), generation_config)
-    if generation_config.prefill_chunk_size is not None:
-        # A chunked prefill may be compiled: the pools must be there before its graph is traced.
-        _reserve(cache, modules, model.dtype, batch_size * repeats)
-    return cache
-
-
-def _reserve(cache: PagedLatentCache, modules: list[Any], dtype: torch.dtype, batch: int) -> None:
-    """Make the pools of the paged layers of these attention modules."""
-    for module in modules:
-        layer = cache.layers[module.layer_idx]
-        parameter = next(module.kv_b_proj.parameters(), None)
-        if isinstance(layer, PagedLatentLayer) and parameter is not None and parameter.device.type != "meta":
-            latent = torch.empty((batch, 1, 0, module.kv_lora_rank), dtype=dtype, device=parameter.device)
-            layer.lazy_initialization(latent, latent.new_empty((batch, 1, 0, module.qk_rope_head_dim)))
-
-
-def _told_of_assistant(cache: PagedLatentCache, generation_config: Any) -> PagedLatentCache:
-    if generation_config.is_assistant:  # its linear layers must be able to roll back
-        cache.activate_past_recording()
-    return cache
-
-
-def _check_layers(cache: PagedLatentCache, modules: list[Any], text_config: Any) -> None:
-    """Raise ValueError if a cache has fewer layers than the model, or dims of another one; let it follow its config."""
-    needed = 1 + max((module.layer_idx for module in modules), default=-1)
-    if needed > len(cache.layers):
-        raise ValueError(
-            f"flash_mla: the cache has {len(cache.layers)} layers, the model {needed}: a cache of another model?"
-        )
-    for module in modules:
-        rank = cache.group.kv_lora_ranks[module.layer_idx]
-        if rank is not None and rank != module.kv_lora_rank:
-            raise ValueError(
-                f"flash_mla: layer {module.layer_idx} of the cache is for kv_lora_rank={rank}, the model's has "
-                f"{module.kv_lora_rank}: a cache of another model?"
-            )
-    # A cache made from an equal config follows the model that it is used with, e.g. through set_attn_implementation.
-    cache.group.config = text_config
-
-
-def _check_capacity(
-    cache: PagedLatentCache, generation_config: Any, model_kwargs: dict[str, Any], max_cache_length: int
-) -> None:
-    """Raise ValueError before prefill if a fixed cache cannot take what `generate` may store."""
-    if cache.max_cache_len is None:
-        return
-    past = int(cache.get_seq_length())
-    needed = max_cache_length
-    mask = model_kwargs.get("attention_mask")
-    mask_length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
-    if past and generation_config.max_new_tokens is not None:
-        # `max_length` counts the ids given to this call; where only the new ones were, the mask is longer than they.
-        given = generation_config.max_length - generation_config.max_new_tokens
-        needed += max(0, mask_length - given)
-    if needed > cache.max_cache_len:
-        raise ValueError(
-            f"flash_mla: generate() may store {needed} positions ({past} are in the cache), "
-            f"but the cache was made with max_cache_len={cache.max_cache_len}"
-        )

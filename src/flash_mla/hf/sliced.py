@@ -74,8 +74,7 @@ def _slice(layer: PagedLatentLayer, begin: int, end: int) -> tuple[torch.Tensor,
     assert state is not None and layer.kv_cache is not None
     pages = state.block_table[:, begin // state.block_size : -(-end // state.block_size)]
     rows = layer.kv_cache[pages.long()].flatten(1, 2)[:, : end - begin].transpose(1, 2)
-    latent, k_rope = rows.split((layer.kv_lora_rank, rows.shape[-1] - layer.kv_lora_rank), dim=-1)
-    return latent, k_rope
+    return layer.latents_of(rows)
 
 
 def absorbed_context(

@@ -164,10 +164,10 @@ def prepare(
     weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
     if type(weight) is not nn.Parameter or not weight.is_contiguous() or w_uk.data_ptr() != weight.data_ptr():
         return None
-    if not query.dtype == weight.dtype == kv_cache.dtype == new.latent.dtype == new.k_rope.dtype:
+    if not query.dtype == weight.dtype == layer.dtype == new.latent.dtype == new.k_rope.dtype:
         return None
     signature = _signature(query, new)
-    buffer = _buffer(state, query, layer.kv_lora_rank, kv_cache.shape[-1])
+    buffer = _buffer(state, query, layer.kv_lora_rank, layer.d_qk)
     checked = ops.check_step(
         buffer.q,
         query[..., module.qk_nope_head_dim :].transpose(1, 2),
