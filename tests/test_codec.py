@@ -176,6 +176,17 @@ def test_decode(case: Case, backend: str, dtype: torch.dtype) -> None:
 
 
 @BY_BACKEND
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_code_that_is_no_number_is_not_read_as_480(code: int, backend: str, dtype: torch.dtype) -> None:
+    """0x7f and 0xff are NaN in e4m3, whoever wrote them."""
+    problem = make(Case("NaN code", (70, 3), fp8=True), dtype)
+    problem.kv_cache[int(problem.block_table[0, 1]), 2, 0, 17] = code
+    out, _ = flash_mla.decode(*problem.arguments(), **problem.options(), backend=backend)
+    assert bool(out[0].isnan().any())
+    assert bool(out[1].isfinite().all())
+
+
+@BY_BACKEND
 @pytest.mark.parametrize("typed", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_rows_may_be_typed_otherwise(typed: torch.dtype, backend: str, dtype: torch.dtype) -> None:
     """FlashMLA's users hold them as float8_e4m3fn."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import NEW_TOKENS, assert_paths, assert_varied, build, counted, greedy, pair, prompt
+import transformers
+from tiny_models import NEW_TOKENS, assert_paths, assert_varied, build, counted, greedy, need, pair, prompt
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 import flash_mla
 from flash_mla import PagedLatentCache
+from flash_mla.cache import SPARSE_IS_LATENT
 from flash_mla.hf import attention
 
 STEPS = NEW_TOKENS - 1
@@ -264,3 +266,35 @@ def test_a_loop_is_refused_before_anything_is_written():
     with pytest.raises(ValueError, match=r"max_cache_len=24.*24.*1"), torch.no_grad():
         ours(input_ids=more[:, 2:], past_key_values=cache)
     cache.validate()
+
+
+@pytest.mark.skipif(
+    not SPARSE_IS_LATENT,
+    reason=f"Transformers {transformers.__version__} has no latents in the cache of a model with an indexer",
+)
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "mistral_large4"])
+def test_sparse_attention_compiles_into_one_graph(name, lengths, backend, graphs):
+    family = need(name)
+    eager, ours = pair(name)
+    for seed in (0, 4):
+        inputs = prompt(lengths, seed=seed)
+        # Ties at the top-k boundary: the reference is eager over all positions of a fixed capacity too.
+        wanted = greedy(eager, inputs, cache_implementation="static")
+        assert greedy(ours, inputs, **compiled(backend)).tolist() == wanted.tolist()
+    assert len(graphs) == 1
+    assert not counters["graph_break"]
+    # Two prompts, and one trace of a step.
+    assert_paths(family.text_type, sparse=3 * family.sparse)
+
+
+def test_fp8_rows_in_a_graph(backend, graphs):
+    config = need("deepseek_v3").config(need("deepseek_v3").load())
+    config.kv_lora_rank = 128
+    ours = build("deepseek_v3", "flash_mla", config=config)
+    inputs, options = prompt(), {"cache_config": {"dtype": "fp8"}}
+    wanted = greedy(ours, inputs, **options)
+    assert_varied(wanted)
+    assert greedy(ours, inputs, **options, **compiled(backend)).tolist() == wanted.tolist()
+    assert len(graphs) == 1
+    assert not counters["graph_break"]

@@ -205,6 +205,17 @@ def test_a_row_named_twice_counts_twice(backend: str, dtype: torch.dtype) -> Non
 
 
 @BY_BACKEND
+def test_a_length_past_topk_counts_all(backend: str, dtype: torch.dtype) -> None:
+    """What lies behind a query's indices in memory, the next query's, is not taken for them."""
+    problem = make(Case("past", 70, visible=1.0, topk_length=(70, 70)), dtype)
+    wanted = problem.run(backend)
+    longer = torch.tensor([200, 2**31 - 1], dtype=torch.int32, device=DEVICE)
+    found = dataclasses.replace(problem, topk_length=longer).run(backend)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
+@BY_BACKEND
 def test_strides(backend: str, dtype: torch.dtype) -> None:
     """Heads before tokens, a layer's pool, indices out of a wider tensor with requests last, an expanded length."""
     problem = make(Case("strides", 70, batch=3, seqlen_q=2, topk_length=(70, 70, 70)), dtype)

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import flash_mla
+from flash_mla.cache import SPARSE_IS_LATENT
 
 # Matrices this small only lose time on several threads, and test workers share the cores already.
 torch.set_num_threads(1)
@@ -35,8 +36,8 @@ IMAGE_TOKEN = 98
 class Family:
     """One row of the table: how to build a tiny model and what each of its forwards should do.
 
-    `paged` and `dense` count the text attention modules that take the paged and the dense path in one forward;
-    `text_type` is the `model_type` that `path_counts()` names them by.
+    `paged`, `dense` and `sparse` count the text attention modules that take such a path in one forward; sparse ones are
+    dense before Transformers 5.18, which cached expanded keys and values for them. `text_type` is the `model_type` that `path_counts()` names them by.
     """
 
     module: str
@@ -45,6 +46,13 @@ class Family:
     text_type: str
     paged: int
     dense: int = 0
+    sparse: int = 0
+
+    def paths(self, new_tokens: int) -> dict[str, int]:
+        """What `generate` of so many tokens counts where even the prompt is attended to sparsely."""
+        if SPARSE_IS_LATENT:
+            return {"sparse": self.sparse * new_tokens, "dense": self.dense * new_tokens}
+        return {"dense": (self.sparse + self.dense) * new_tokens}
 
     @property
     def missing(self) -> str | None:
@@ -294,14 +302,14 @@ PAGED_FAMILIES = {
         dense=2,
     ),
 }
-# Families whose attention picks its keys by an indexer: Transformers' own cache and the dense path.
+# Families whose attention picks its keys by an indexer.
 SPARSE_FAMILIES = {
-    "deepseek_v32": Family("deepseek_v32", _deepseek_v32, "DeepseekV32ForCausalLM", "deepseek_v32", 0, 3),
-    "glm_moe_dsa": Family("glm_moe_dsa", _glm_moe_dsa, "GlmMoeDsaForCausalLM", "glm_moe_dsa", 0, 3),
-    "axk2": Family("axk2", _axk2, "AXK2ForCausalLM", "axk2", 0, 3),
-    "hy_v4": Family("hy_v4", _hy_v4, "HYV4ForCausalLM", "hy_v4", 0, 3),
+    "deepseek_v32": Family("deepseek_v32", _deepseek_v32, "DeepseekV32ForCausalLM", "deepseek_v32", 0, sparse=3),
+    "glm_moe_dsa": Family("glm_moe_dsa", _glm_moe_dsa, "GlmMoeDsaForCausalLM", "glm_moe_dsa", 0, sparse=3),
+    "axk2": Family("axk2", _axk2, "AXK2ForCausalLM", "axk2", 0, sparse=3),
+    "hy_v4": Family("hy_v4", _hy_v4, "HYV4ForCausalLM", "hy_v4", 0, sparse=3),
     "mistral_large4": Family(
-        "mistral_large4", _mistral_large4, "MistralLarge4ForConditionalGeneration", "mistral_large4_text", 0, 4
+        "mistral_large4", _mistral_large4, "MistralLarge4ForConditionalGeneration", "mistral_large4_text", 0, sparse=4
     ),
     "glm5_next": Family("glm5_next", _glm5_next, "Glm5NextForConditionalGeneration", "glm5_next_text", 0, 2),
     "dots3_note_sparse": Family(
@@ -310,7 +318,8 @@ SPARSE_FAMILIES = {
         "Dots3NoteForCausalLM",
         "dots3_note_text",
         paged=0,
-        dense=4,
+        dense=2,
+        sparse=2,
     ),
 }
 FAMILIES = PAGED_FAMILIES | SPARSE_FAMILIES

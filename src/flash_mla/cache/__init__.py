@@ -1,6 +1,14 @@
 """Pages, layers and the cache that Transformers sees."""
 
-from .cache import MemoryReport, PagedLatentCache
+from .cache import SPARSE_IS_LATENT, MemoryReport, PagedLatentCache
+from .indexed import PagedIndexedLayer
 from .layer import Latents, PagedLatentLayer
 
-__all__ = ["Latents", "MemoryReport", "PagedLatentCache", "PagedLatentLayer"]
+__all__ = [
+    "SPARSE_IS_LATENT",
+    "Latents",
+    "MemoryReport",
+    "PagedIndexedLayer",
+    "PagedLatentCache",
+    "PagedLatentLayer",
+]

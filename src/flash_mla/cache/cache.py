@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+import transformers
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    StaticCache,
+    StaticIndexedLayer,
+    StaticLayer,
+)
 
 from ..codec import COLUMNS_PER_SCALE
 from ..ops import BACKENDS
 from .group import PagedGroup
+from .indexed import PagedIndexedLayer
 from .layer import PagedLatentLayer
 
-__all__ = ["MemoryReport", "PagedLatentCache"]
+__all__ = ["SPARSE_IS_LATENT", "MemoryReport", "PagedLatentCache"]
+
+# Models with an indexer cache expanded keys and values before Transformers 5.18.
+SPARSE_IS_LATENT = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2]) >= (5, 18)
 
 
 @dataclass(frozen=True)
@@ -107,11 +121,16 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         self.group = PagedGroup(
             text_config, block_size, max_cache_len, prompt_repeats, backend, ranks, is_fp8=dtype == "fp8"
         )
-        # Sliding, linear, indexed and dummy layers stay Transformers' own: only a plain attention layer is paged.
-        layers = [
-            PagedLatentLayer(self.group, index) if type(layer) is plain and ranks[index] else layer
-            for index, layer in enumerate(own.layers)
-        ]
+        # Sliding, linear and dummy layers stay Transformers' own.
+        indexed = DynamicIndexedLayer if max_cache_len is None else StaticIndexedLayer
+        layers: list[Any] = []
+        for index, layer in enumerate(own.layers):
+            if type(layer) is plain and ranks[index]:
+                layers.append(PagedLatentLayer(self.group, index))
+            elif type(layer) is indexed and ranks[index] and SPARSE_IS_LATENT:
+                layers.append(PagedIndexedLayer(self.group, index, layer))
+            else:
+                layers.append(layer)
         super().__init__(layers=layers)
 
     @property

@@ -122,7 +122,7 @@ class FixedState(PagedState):
         """Row i becomes what row `indices[i]` was: lengths and history here, the rows themselves by each layer."""
         if len(indices) != self.batch:
             self.start(len(indices))
-        self.plan = None
+        self.plan = self._slot_map = None
         indices = indices.to(self.device)
         self.cache_seqlens.copy_(self.cache_seqlens[indices])
         self.history.copy_(self.history[indices])

@@ -146,7 +146,7 @@ class GrowingState(PagedState):
 
     def select(self, indices: torch.Tensor) -> None:
         """Row i becomes what row `indices[i]` was; pages are shared. Reads `indices` on the host."""
-        self.plan = None
+        self.plan = self._slot_map = None
         chosen = indices.tolist()
         if not chosen or not all(0 <= index < self.batch for index in chosen):
             raise ValueError(

@@ -29,14 +29,28 @@ class Latents:
         layer: the cache layer that they belong to.
         latent: `[batch, 1, seqlen_q, kv_lora_rank]`, normalised.
         k_rope: `[batch, 1, seqlen_q, qk_rope_head_dim]`, rotated.
+        stored: whether they are in their pages; layers that share keys and values are given the same handle.
     """
 
-    __slots__ = ("k_rope", "latent", "layer")
+    __slots__ = ("k_rope", "latent", "layer", "stored")
 
     def __init__(self, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor) -> None:
         self.layer = layer
         self.latent = latent
         self.k_rope = k_rope
+        self.stored = False
+
+    def to(self, device: Any, **kwargs: Any) -> Latents:
+        """Itself: pages stay on the device of their layer.
+
+        Raises: ValueError: another device, to which a model that shares keys and values between layers was split.
+        """
+        if torch.device(device) != self.latent.device:
+            raise ValueError(
+                f"flash_mla: layer {self.layer.index} has its pages on {self.latent.device}, a layer that shares them "
+                f"is on {device}: put layers that share keys and values on one device"
+            )
+        return self
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -202,6 +216,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
             q_rope=q_rope,
             backend=self.group.backend,
         )
+        new.stored = True
         self.stored()
 
     def stored(self) -> None:

@@ -56,6 +56,7 @@ class PagedState(ABC):
         self.history: torch.Tensor | None = None
         self.copies: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plan: SplitPlan | None = None
+        self._slot_map: torch.Tensor | None = None
         # What the layers' steps write into one after the other (hf/step.py), by shape and stream.
         self.buffers: dict[Any, Any] = {}
         self.context_len: int | None = 0
@@ -98,7 +99,7 @@ class PagedState(ABC):
             seqlen_q: new positions per row.
             valid: bool `[batch, seqlen_q]`, False where a position is padding; None if all are real.
         """
-        self.plan = None
+        self.plan = self._slot_map = None
         if not torch.compiler.is_compiling():
             self.check_complete()
             self.num_written = 0
@@ -147,6 +148,19 @@ class PagedState(ABC):
             return (self.slots_of(rank) if rank.shape[1] else rank), None
         return torch.where(stored, self.slots_of(stored.cumsum(1) - 1), 0), stored
 
+    def slot_map(self) -> torch.Tensor:
+        """Slot of every position in padded order, int32 `[batch, positions]`, -1 where nothing is stored.
+
+        Made once per forward (per layer in a graph, whose compiler makes it once).
+        """
+        if self._slot_map is None or torch.compiler.is_compiling():
+            slots, stored = self.positions()
+            made = (slots if stored is None else torch.where(stored, slots, -1)).int()
+            if torch.compiler.is_compiling():
+                return made
+            self._slot_map = made
+        return self._slot_map
+
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise ValueError unless `tokens_to_remove` is zero or negative and that many positions are there."""
         if tokens_to_remove > 0 or -tokens_to_remove > self.seen_int():
@@ -159,7 +173,7 @@ class PagedState(ABC):
         """Forget the last `num_positions` positions (padded count) of every row; the caller checked that they exist."""
         if num_positions == 0:
             return
-        self.plan = None
+        self.plan = self._slot_map = None
         kept = self.seen_int() - num_positions
         self._crop(kept, num_positions)
         self.has_context = kept > 0
@@ -173,7 +187,7 @@ class PagedState(ABC):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.plan = None
+        self.plan = self._slot_map = None
         self.has_context = False
         self.padding_unknown = False
         self.num_written = self.num_forwards = 0

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..cache import PagedLatentLayer
 
-__all__ = ["absorbed_weights", "expanded_by_us"]
+__all__ = ["absorbed_query", "absorbed_weights", "expand", "unabsorbed"]
 
 
 def _is_plain(linear: Any) -> bool:
@@ -127,7 +127,7 @@ def absorbed_weights(
     return heads[:, : module.qk_nope_head_dim], heads[:, module.qk_nope_head_dim :]
 
 
-def expanded_by_us(
+def _expanded_by_us(
     module: Any, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys and values of a module whose own `expand_kv` cannot run here (block FP8); None where its own can.
@@ -144,3 +144,26 @@ def expanded_by_us(
     key_nope = torch.einsum("bokr,hdr->bhkd", latent, w_uk)
     value = torch.einsum("bokr,hvr->bhkv", latent, w_uv)
     return torch.cat((key_nope, k_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1), value
+
+
+def expand(
+    module: Any, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some latents, by the module's own `expand_kv` where it can run."""
+    ours = _expanded_by_us(module, layer, latent, k_rope)
+    if ours is not None:
+        return ours
+    key, value = module.expand_kv(latent, k_rope)
+    return key, value
+
+
+def absorbed_query(query: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: int) -> torch.Tensor:
+    """`[batch, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]`: the part without position times W_UK."""
+    q_nope, q_rope = query.split((qk_nope_head_dim, query.shape[-1] - qk_nope_head_dim), dim=-1)
+    q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
+    return torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)
+
+
+def unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV."""
+    return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype))

@@ -1,11 +1,11 @@
-"""The attention function behind `attn_implementation="flash_mla"`: which of five paths a call takes, and why.
+"""The attention function behind `attn_implementation="flash_mla"`: which of six paths a call takes, and why.
 
 dense: no paged cache in this call (another cache, training, vision towers): SDPA, as Transformers would.
 prefill: the cache was empty: the new tokens are expanded and attend to each other; nothing is read back.
+sparse: an indexer chose the tokens (`sparse.py`): absorbed, over those rows of the pages alone.
 absorbed: the queries are multiplied by W_UK, attend to the latents in their pages, and W_UV follows.
 sliced: a chunk on a context, padded or so long that expanding pays: among itself by SDPA, to the context in parts.
 gathered: a custom mask over the whole context, or what a graph cannot slice: all of it expanded at once.
-(Over 400 lines: the choice between the paths reads once downwards, beside what each of them is given.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from ..cache import Latents, PagedLatentLayer
 from ..cache.state import PagedState
 from ..contract import UnsupportedError
 from . import step
-from .absorb import absorbed_weights, expanded_by_us
+from .absorb import absorbed_query, absorbed_weights, expand, unabsorbed
 from .paths import record
-from .sdpa import sdpa
+from .sdpa import sdpa, sdpa_with_sinks
 from .sliced import absorbed_context, over_context
+from .sparse import sparse
+from .visible import causal_mask, check_mask, chosen_mask, over_context_mask, real_tokens
 
 __all__ = ["flash_mla_attention"]
 
@@ -64,12 +66,14 @@ def flash_mla_attention(
     if not isinstance(key, Latents):
         assert isinstance(value, torch.Tensor)
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if kwargs.get("indices") is not None or kwargs.get("s_aux") is not None:
-        raise UnsupportedError("flash_mla: indices and s_aux are not supported on the paged cache yet")
     if module.training and torch.is_grad_enabled() and key.latent.requires_grad:
         raise ValueError("flash_mla: a paged cache keeps no gradients; train with use_cache=False")
     if torch.is_grad_enabled() and key.latent.requires_grad and not torch.compiler.is_compiling():
         _say_detached()
+    if kwargs.get("indices") is not None:
+        return sparse(module, query, key, attention_mask, dropout, scaling, kwargs), None
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedError("flash_mla: attention sinks (s_aux) on the paged cache need an indexer's indices")
     return _paged(module, query, key, attention_mask, dropout, scaling, kwargs)
 
 
@@ -95,13 +99,13 @@ def _paged(
     seqlen_q = query.shape[2]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask is not None and layer.is_leader:
-        _check_mask(mask, layer, query)
+        check_mask(mask, layer, query)
     if mask is None:
         state.padding_unknown = False
     covers_context = mask is not None and mask.shape[-1] != seqlen_q
     # The leader alone moves the state on; the others need not know which tokens are padding.
     says = mask if layer.is_leader else None
-    layer.begin(new, None if says is None else _real_tokens(says, layer, query.shape[0], seqlen_q))
+    layer.begin(new, None if says is None else real_tokens(says, layer, query.shape[0], seqlen_q))
     if seqlen_q == 1 and not covers_context and not torch.compiler.is_compiling():
         out = _decode_step(module, query, new, scaling)
         if out is not None:
@@ -118,7 +122,7 @@ def _paged(
     elif seqlen_q > 1 and not state.had_context:
         record(model_type, "prefill")
         layer.store(new)
-        key, value = _expand(module, layer, new.latent, new.k_rope)
+        key, value = expand(module, layer, new.latent, new.k_rope)
         return sdpa(module, query, key, value, mask, dropout, scaling, kwargs, calls=layer.group.num_paged)
     elif weights is not None and (seqlen_q == 1 or (mask is None and seqlen_q <= _longest_absorbed(module))):
         record(model_type, "absorbed")
@@ -131,56 +135,9 @@ def _paged(
         record(model_type, "gathered", "a chunk on a context in a graph")
     layer.store(new)
     latent, k_rope = layer.gather()
-    key, value = _expand(module, layer, latent, k_rope)
-    visible = _over_context(mask, layer, query.shape[0], seqlen_q, key.shape[2])
+    key, value = expand(module, layer, latent, k_rope)
+    visible = over_context_mask(mask, layer, query.shape[0], seqlen_q, key.shape[2])
     return sdpa(module, query, key, value, visible, dropout, scaling, kwargs)
-
-
-def _check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor) -> None:
-    """Raise ValueError, before anything is stored, unless a mask covers the new tokens or the whole context."""
-    assert layer.state is not None
-    batch, num_heads, seqlen_q, _ = query.shape
-    widths = {seqlen_q, layer.state.max_cache_len}
-    if not torch.compiler.is_compiling():  # a compiled step has no number for the present length
-        widths.add(layer.state.seen_int() + seqlen_q)
-    if (
-        mask.ndim != 4
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[1] not in (1, num_heads)
-        or mask.shape[2] != seqlen_q
-        or (mask.shape[3] not in widths and not torch.compiler.is_compiling())
-        or not (mask.dtype == torch.bool or mask.is_floating_point())
-    ):
-        columns = sorted(width for width in widths if width is not None)
-        raise ValueError(
-            f"flash_mla: attention_mask must be bool or floating [batch={batch} or 1, num_heads={num_heads} or 1, "
-            f"seqlen_q={seqlen_q}, one of {columns} positions], got {mask.dtype} {tuple(mask.shape)}"
-        )
-
-
-def _real_tokens(mask: torch.Tensor, layer: PagedLatentLayer, batch: int, seqlen_q: int) -> torch.Tensor:
-    """Which new tokens are not padding, bool `[batch, seqlen_q]`: those that some new query may see."""
-    assert layer.state is not None
-    if mask.shape[1:] == (1, 1, 1):  # a decode step's
-        return _as_bool(mask).view(-1, 1).expand(batch, 1)
-    visible = _as_bool(mask).any(1)
-    if mask.shape[-1] == layer.state.max_cache_len != seqlen_q:
-        # A mask over the whole capacity: the new columns begin at the present length. The leader has not moved it on
-        # yet; the layers after it do not use the answer.
-        columns = layer.state.seen + torch.arange(seqlen_q, device=mask.device)
-        visible = visible.index_select(-1, columns.clamp(max=mask.shape[-1] - 1))
-    else:
-        visible = visible[..., -seqlen_q:]
-    return visible.any(-2).expand(batch, seqlen_q)
-
-
-# Additive masks say "not visible" with the dtype's minimum, -inf or some -10,000; a position's bias is far above this.
-HIDDEN = -1e3
-
-
-def _as_bool(mask: torch.Tensor) -> torch.Tensor:
-    """True = visible, from a bool or an additive mask."""
-    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def _longest_absorbed(module: Any) -> int:
@@ -216,13 +173,12 @@ def _sliced(
     if weights is not None and (state.context_len is None or seqlen_q <= longest):
         record(module.config.model_type, "sliced", f"the context absorbed: {how}")
         w_uk, w_uv = weights
-        q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
-        context = functools.partial(absorbed_context, layer, q, scaling, functools.partial(_unabsorbed, w_uv=w_uv))
+        q = absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
+        context = functools.partial(absorbed_context, layer, q, scaling, functools.partial(unabsorbed, w_uv=w_uv))
     else:
         record(module.config.model_type, "sliced", f"the context expanded: {seqlen_q} queries, more than {longest}")
     layer.store(new)
-    expand = functools.partial(_expand, module, layer)
-    return over_context(module, query, new, mask, scaling, expand, context)
+    return over_context(module, query, new, mask, scaling, functools.partial(expand, module, layer), context)
 
 
 def _decode_step(module: Any, query: torch.Tensor, new: Latents, scaling: float) -> torch.Tensor | None:
@@ -255,7 +211,7 @@ def _absorbed(
     assert state is not None and layer.kv_cache is not None
     w_uk, w_uv = weights
     layer.store(new)
-    q = _absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
+    q = absorbed_query(query, w_uk, module.qk_nope_head_dim).to(layer.dtype)
     out, _ = ops.decode(
         q,
         layer.kv_cache,
@@ -267,7 +223,7 @@ def _absorbed(
         plan=_plan(layer, q, causal),
         backend=layer.group.backend,
     )
-    return _unabsorbed(out, w_uv).to(query.dtype)
+    return unabsorbed(out, w_uv).to(query.dtype)
 
 
 def _plan(layer: PagedLatentLayer, q: torch.Tensor, causal: bool) -> ops.SplitPlan | None:
@@ -292,57 +248,9 @@ def _plan(layer: PagedLatentLayer, q: torch.Tensor, causal: bool) -> ops.SplitPl
     return plan
 
 
-def _absorbed_query(query: torch.Tensor, w_uk: torch.Tensor, qk_nope_head_dim: int) -> torch.Tensor:
-    """`[batch, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]`: the part without position times W_UK."""
-    q_nope, q_rope = query.split((qk_nope_head_dim, query.shape[-1] - qk_nope_head_dim), dim=-1)
-    q_latent = torch.einsum("bhsd,hdr->bshr", q_nope, w_uk.to(q_nope.dtype))
-    return torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)
-
-
-def _unabsorbed(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
-    """`out` `[batch, seqlen_q, num_heads, kv_lora_rank]` times W_UV."""
-    return torch.einsum("bshr,hvr->bshv", out, w_uv.to(out.dtype))
-
-
 def _plans(q: torch.Tensor) -> bool:
     """Whether decode wants a split plan: the definition in torch, which serves the CPU, does not split."""
     return q.is_cuda
-
-
-def _expand(
-    module: Any, layer: PagedLatentLayer, latent: torch.Tensor, k_rope: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of some latents, by the module's own `expand_kv` where it can run."""
-    ours = expanded_by_us(module, layer, latent, k_rope)
-    if ours is not None:
-        return ours
-    key, value = module.expand_kv(latent, k_rope)
-    return key, value
-
-
-def _over_context(
-    mask: torch.Tensor | None, layer: PagedLatentLayer, batch: int, seqlen_q: int, num_keys: int
-) -> torch.Tensor:
-    """A mask `[batch, 1, seqlen_q, num_keys]` over the gathered context, the new tokens being written already."""
-    state = layer.state
-    assert state is not None
-    device = state.device
-    if mask is not None and mask.shape[-1] != seqlen_q:
-        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return nn.functional.pad(mask, (0, num_keys - mask.shape[-1]), value=hidden)
-    _, stored = state.positions()
-    if stored is None:
-        stored = torch.ones((batch, num_keys), dtype=torch.bool, device=device)
-    new = torch.ones((1, 1, seqlen_q, seqlen_q), dtype=torch.bool, device=device).tril() if mask is None else mask
-    heads = new.shape[1]
-    visible = stored[:, None, None, :].expand(batch, heads, seqlen_q, num_keys).clone()
-    if new.dtype != torch.bool:
-        visible = torch.zeros(visible.shape, dtype=new.dtype, device=device).masked_fill(
-            ~visible, torch.finfo(new.dtype).min
-        )
-    columns = (state.seen - seqlen_q) + torch.arange(seqlen_q, device=device)
-    visible[..., columns] = new.expand(batch, heads, seqlen_q, seqlen_q)
-    return visible
 
 
 # --- dense ------------------------------------------------------------------------------------------------------------
@@ -363,35 +271,15 @@ def _dense(
     lengths = kwargs.get("cu_seq_lens_q")
     if indices is not None:
         record(model_type, "dense", "the indexer's choice as a mask")
-        mask = _chosen(indices, mask, query, key)
+        mask = chosen_mask(indices, mask, query, key)
     elif lengths is not None and mask is None:
         record(model_type, "dense", "packed sequences, one by one")
         return _packed(module, query, key, value, dropout, scaling, kwargs)
     else:
         record(model_type, "dense", "no paged cache in this call")
     if sinks is not None:
-        return _with_sinks(module, query, key, value, mask, sinks, dropout, scaling), None
+        return sdpa_with_sinks(module, query, key, value, mask, sinks, dropout, scaling), None
     return sdpa(module, query, key, value, mask, dropout, scaling, kwargs)
-
-
-def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Plain causal mask `[1, 1, seqlen_q, positions]`, bottom-right aligned."""
-    seqlen_q, num_keys = query.shape[2], key.shape[2]
-    ones = torch.ones((seqlen_q, num_keys), dtype=torch.bool, device=query.device)
-    return ones.tril(num_keys - seqlen_q)[None, None]
-
-
-def _chosen(indices: torch.Tensor, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Fold the indexer's choice (int `[batch, seqlen_q, topk]`, -1 = nothing) into the mask, as eager does itself."""
-    num_keys = key.shape[2]
-    # One column more than keys takes every index that names no key.
-    where = torch.where((indices >= 0) & (indices < num_keys), indices, num_keys).long()
-    chosen = torch.zeros((*indices.shape[:2], num_keys + 1), dtype=torch.bool, device=query.device)
-    chosen = chosen.scatter(-1, where, True)[:, None, :, :num_keys]
-    mask = _causal(query, key) if mask is None else mask
-    if mask.dtype == torch.bool:
-        return mask & chosen
-    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _packed(
@@ -407,35 +295,12 @@ def _packed(
     ends_q = kwargs["cu_seq_lens_q"].tolist()
     ends_k = kwargs["cu_seq_lens_k"].tolist() if kwargs.get("cu_seq_lens_k") is not None else ends_q
     is_causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     outs = []
     for begin_q, end_q, begin_k, end_k in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         part_q, part_k = query[:, :, begin_q:end_q], key[:, :, begin_k:end_k]
-        mask = _causal(part_q, part_k) if causal else None
+        mask = causal_mask(part_q, part_k) if is_causal else None
         own = {**kwargs, "is_causal": False}
         out, _ = sdpa(module, part_q, part_k, value[:, :, begin_k:end_k], mask, dropout, scaling, own)
         outs.append(out)
     return torch.cat(outs, dim=1), None
-
-
-def _with_sinks(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Attention whose softmax has one more, valueless entry per head (`sinks` `[num_heads]`)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    visible = _causal(query, key) if mask is None else mask
-    minimum = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~visible, minimum) if visible.dtype == torch.bool else scores + visible
-    entry = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    probability = torch.cat((scores, entry), dim=-1).float().softmax(-1)[..., :-1].to(value.dtype)
-    probability = nn.functional.dropout(probability, p=dropout, training=module.training)
-    return (probability @ value).transpose(1, 2).contiguous()

@@ -13,7 +13,8 @@ class Family:
     """One family of MLA models in Transformers, keyed by the model type of its text config.
 
     Attributes:
-        cache: "paged": absorbed decode on pages; "own": Transformers' own cache and the dense path.
+        cache: "paged": absorbed decode on pages; "sparse": the same over the tokens that an indexer chose, from
+            Transformers 5.18 on, "own" before; "own": Transformers' own cache and the dense path.
         latent: (kv_lora_rank, qk_rope_head_dim) of the published configs.
         note: what is particular about it, for `docs/models.md`.
     """
@@ -23,7 +24,7 @@ class Family:
     note: str = ""
 
 
-_SPARSE = "sparse attention (indexer): dense path with the indexer's choice as a mask"
+_SPARSE = "sparse attention (indexer)"
 
 FAMILIES = {
     "deepseek_v2": Family("paged", (512, 64)),
@@ -37,11 +38,11 @@ FAMILIES = {
     "kimi_linear": Family("paged", (512, 64), "linear-attention layers keep Transformers' own cache; no rotation"),
     "bailing_hybrid": Family("paged", (512, 64), "linear-attention layers keep Transformers' own cache"),
     "dots3_note_text": Family("paged", (512, 64), "sliding layers keep Transformers' own cache"),
-    "deepseek_v32": Family("own", (512, 64), _SPARSE),
-    "glm_moe_dsa": Family("own", (512, 64), _SPARSE),
-    "axk2": Family("own", (128, 32), _SPARSE),
-    "hy_v4": Family("own", (512, 64), _SPARSE + "; attention sinks"),
-    "mistral_large4_text": Family("own", (256, 64), _SPARSE + "; layers share keys and values"),
+    "deepseek_v32": Family("sparse", (512, 64), _SPARSE),
+    "glm_moe_dsa": Family("sparse", (512, 64), _SPARSE),
+    "axk2": Family("sparse", (128, 32), _SPARSE),
+    "hy_v4": Family("sparse", (512, 64), _SPARSE + "; attention sinks"),
+    "mistral_large4_text": Family("sparse", (512, 64), _SPARSE + "; layers share keys and values"),
     "glm5_next_text": Family("own", (512, 0), "reads Transformers' cache layers directly; dense path"),
 }
 
@@ -91,6 +92,9 @@ its text config, `expand_kv` and `kv_b_proj` in its attention modules runs on pa
 |---|---|---|---|
 {rows}
 
+Sparse models on Transformers 5.17 cache expanded keys and values: there they keep Transformers' own cache and the dense
+path, with the indexer's choice as a mask.
+
 A composite model (kimi_k25, for one) counts by its text model. Its vision tower takes the dense path, packed images one
 by one; `attn_implementation={{"text_config": "flash_mla", "vision_config": "sdpa"}}` keeps the tower out of it
 altogether. A text config without `kv_lora_rank` is refused with a ValueError that names the field.
@@ -99,7 +103,11 @@ altogether. A text config without `kv_lora_rank` is refused with a ValueError th
 
 def models_page() -> str:
     """The text of `docs/models.md`; `python -m flash_mla.hf.models` prints it."""
-    ways = {"paged": "paged latents, absorbed decode", "own": "Transformers' own cache, dense path"}
+    ways = {
+        "paged": "paged latents, absorbed decode",
+        "sparse": "paged latents, absorbed decode over what the indexer chose (Transformers >= 5.18)",
+        "own": "Transformers' own cache, dense path",
+    }
     rows = [
         f"| `{name}` | {family.latent[0]} / {family.latent[1]} | {ways[family.cache]} | {family.note} |"
         for name, family in FAMILIES.items()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..cache import PagedLatentCache, PagedLatentLayer
+from ..cache import SPARSE_IS_LATENT, PagedLatentCache, PagedLatentLayer
 from ..contract import UnsupportedError
 from .prefill import expect_repeats
 
@@ -79,7 +79,7 @@ def new_cache(
 
     Args:
         model: the model.
-        kind: of its family: "paged" or "own".
+        kind: of its family: "paged", "sparse" or "own".
         modules: its attention modules that have `expand_kv` and `kv_b_proj`.
         text_config: its text config.
         generation_config, generation_mode, batch_size, max_cache_length: as `generate` has them.
@@ -87,11 +87,11 @@ def new_cache(
         with a fixed capacity.
     """
     implementation = generation_config.cache_implementation
-    if kind == "own":
+    if kind == "own" or (kind == "sparse" and not SPARSE_IS_LATENT):
         refuse_options(generation_config, f"{text_config.model_type} keeps Transformers' own cache")
         _warn_once(
-            f"flash_mla: {text_config.model_type} keeps Transformers' own cache and the dense attention path; "
-            "sparse attention on pages is not there yet"
+            f"flash_mla: {text_config.model_type} keeps Transformers' own cache and the dense attention path"
+            + ("" if kind == "own" else "; sparse attention on pages needs Transformers 5.18")
         )
         return None
     if implementation not in (None, "dynamic", "static"):
@@ -128,6 +128,8 @@ def new_cache(
 def _reserve(cache: PagedLatentCache, modules: list[Any], dtype: torch.dtype, batch: int) -> None:
     """Make the pools of the paged layers of these attention modules."""
     for module in modules:
+        if getattr(module, "is_kv_shared_layer", False):  # its tokens are in the pages of the layer that it reads
+            continue
         layer = cache.layers[module.layer_idx]
         parameter = next(module.kv_b_proj.parameters(), None)
         if isinstance(layer, PagedLatentLayer) and parameter is not None and parameter.device.type != "meta":

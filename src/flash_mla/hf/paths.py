@@ -21,14 +21,15 @@ MEANING = {
     "dense": "expanded keys and values through SDPA, as without flash_mla",
     "prefill": "empty cache: only the new tokens expanded, SDPA among them",
     "absorbed": "attends to the latents in their pages",
+    "sparse": "attends to the latents that an indexer chose, in their pages",
     "sliced": "a chunk on a context: its own tokens through SDPA, the context in slices or absorbed",
     "gathered": "context gathered from its pages and expanded, SDPA",
 }
 
 
 def path_counts() -> dict[tuple[str, str], int]:
-    """Attention calls so far in this process, by (model type, path); paths: dense, prefill, absorbed, sliced,
-    gathered.
+    """Attention calls so far in this process, by (model type, path); paths: dense, prefill, absorbed, sparse,
+    sliced, gathered.
 
     One call is one layer in one forward. Under `torch.compile` a path is counted once per trace.
     """
@@ -59,7 +60,7 @@ def record(model_type: str, path: str, why: str = "") -> None:
 
     Args:
         model_type: of the attention module's config.
-        path: "dense", "prefill", "absorbed", "sliced" or "gathered".
+        path: one of MEANING.
         why: the reason, for the INFO line.
     """
     if torch.compiler.is_compiling():

@@ -16,9 +16,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-__all__ = ["attend", "merge", "sdpa"]
+from .visible import causal_mask
+
+__all__ = ["attend", "merge", "sdpa", "sdpa_with_sinks"]
 
 logger = logging.getLogger(__name__)
 
@@ -199,3 +202,26 @@ def merge(
     weight = torch.sigmoid(more_lse - lse)  # of the second part: e^b / (e^a + e^b)
     out.lerp_(more_out.to(out.dtype), weight.unsqueeze(-1))
     return out, torch.logaddexp(lse, more_lse)
+
+
+def sdpa_with_sinks(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention whose softmax has one more, valueless entry per head (`sinks` `[num_heads]`)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    visible = causal_mask(query, key) if mask is None else mask
+    minimum = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~visible, minimum) if visible.dtype == torch.bool else scores + visible
+    entry = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    probability = torch.cat((scores, entry), dim=-1).float().softmax(-1)[..., :-1].to(value.dtype)
+    probability = nn.functional.dropout(probability, p=dropout, training=module.training)
+    return (probability @ value).transpose(1, 2).contiguous()
