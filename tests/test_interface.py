@@ -1,4 +1,4 @@
-"""FlashMLA's own two functions: three generations of signatures, metadata that is old, metadata that is wrong."""
+"""FlashMLA's two functions, dense: three generations of signatures, metadata that is old, metadata that is wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from flash_mla import interface, ops
 from flash_mla.backends import torch as definition
+from flash_mla.codec import decode_rows, encode_rows
 from flash_mla.contract import PLAN_BLOCK, DecodeCall, UnsupportedError
 from flash_mla.interface import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 
@@ -26,9 +27,18 @@ class Call:
     head_dim_v: int
 
     def __call__(self, *metadata: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.k_cache.dtype.itemsize == 1:
+            options = {"is_fp8_kvcache": True, **options}
         return flash_mla_with_kvcache(
             self.q, self.k_cache, self.block_table, self.cache_seqlens, self.head_dim_v, *metadata, **options
         )
+
+    def rows(self) -> torch.Tensor:
+        """The pool in fp64 on the host, whatever its rows are made of."""
+        pool = self.k_cache.cpu()
+        if pool.dtype.itemsize > 1:
+            return pool.double()
+        return torch.cat(decode_rows(pool, self.head_dim_v, self.q.shape[3] - self.head_dim_v, torch.float64), -1)
 
 
 def make(
@@ -43,6 +53,7 @@ def make(
     room: int = 0,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    fp8: bool = False,
 ) -> Call:
     """A call with pages in random order, NaN in every row past a length and garbage in every entry past it.
 
@@ -62,9 +73,10 @@ def make(
             k_cache[taken[-1], held[request] % block_size :] = float("nan")
     k_cache[order.pop()] = float("nan")
     q = torch.randn(batch, seqlen_q, num_heads, d_qk, generator=generator, dtype=torch.float64)
+    k_cache = encode_rows(k_cache[..., :head_dim_v], k_cache[..., head_dim_v:]) if fp8 else k_cache.to(dtype)
     return Call(
         q.to(device, dtype),
-        k_cache.to(device, dtype),
+        k_cache.to(device),
         block_table.to(device),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         head_dim_v,
@@ -73,7 +85,7 @@ def make(
 
 def reference(call: Call, *, causal: bool = False, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """One query row at a time in fp64, from the formula alone."""
-    q, pool = call.q.cpu().double(), call.k_cache.cpu().double()
+    q, pool = call.q.cpu().double(), call.rows()
     batch, seqlen_q, num_heads, d_qk = q.shape
     h_kv, block_size = pool.shape[2], pool.shape[1]
     scale = d_qk**-0.5 if scale is None else scale
@@ -186,6 +198,7 @@ def metadata_of(generation: str, call: Call) -> tuple[object, ...]:
     return {
         "1": lambda: get_mla_metadata(call.cache_seqlens, rows, h_kv),
         "2": lambda: get_mla_metadata(call.cache_seqlens, rows, h_kv, num_heads, False, None),
+        "2, FP8 and sparse": lambda: get_mla_metadata(call.cache_seqlens, rows, h_kv, num_heads, True, 2048),
         "2 by name": lambda: get_mla_metadata(
             cache_seqlens=call.cache_seqlens, num_q_tokens_per_head_k=rows, num_heads_k=h_kv, num_heads_q=num_heads
         ),
@@ -220,6 +233,44 @@ def test_every_generation_equals_the_formula(generation: str, causal: bool, seql
     )  # fmt: skip
     assert torch.equal(out, ours[0])
     assert torch.equal(lse, ours[1])
+
+
+FP8_SHAPE = {"head_dim_v": 128, "rope": 32, "fp8": True}
+
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, "2, FP8 and sparse"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pool_dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_every_generation_over_fp8_rows(generation: str, causal: bool, pool_dtype: torch.dtype) -> None:
+    call = make((65, 0, 1, 16), seqlen_q=2, h_kv=2, **FP8_SHAPE)
+    call.k_cache = call.k_cache.view(pool_dtype)
+    assert_same(call(*metadata_of(generation, call), causal=causal), reference(call, causal=causal))
+
+
+def test_one_metadata_object_serves_fp8_rows_and_others(planned: types.SimpleNamespace) -> None:
+    # Layers of one step whose caches differ in format share its lengths, and so its plan.
+    metadata, _ = get_mla_metadata()
+    call = make((200, 3, 0, 130))
+    assert_same(call(metadata), reference(call))
+    items = metadata._plan(call.q.device, None).items
+    call = make((200, 3, 0, 130), **FP8_SHAPE)
+    with pytest.MonkeyPatch.context() as patch:
+        handed: list[torch.Tensor | None] = []
+        patch.setattr(ops, "BACKENDS", {"torch": recording(handed)})
+        ops._choose.cache_clear()
+        assert_same(call(metadata), reference(call))
+    assert handed[0] is items
+    assert planned.plans == 1
+
+
+def recording(handed: list[torch.Tensor | None]) -> types.SimpleNamespace:
+    """The definition, which keeps the plan items that it is handed."""
+
+    def decode(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        handed.append(args[6])
+        return definition.decode(*args)
+
+    return types.SimpleNamespace(**{**vars(definition), "decode": decode})
 
 
 @generations
@@ -469,10 +520,18 @@ def test_both_names_of_the_row_count() -> None:
         get_mla_metadata(torch.zeros(1, dtype=torch.int32), 4, 1, num_q_tokens_per_head_k=4)
 
 
-@pytest.mark.parametrize(("arguments", "named"), [((True, None), "is_fp8_kvcache"), ((False, 2048), "topk")])
-def test_metadata_that_this_version_cannot_plan(arguments: tuple[object, ...], named: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"cannot run {named}$"):
-        get_mla_metadata(torch.zeros(2, dtype=torch.int32), 4, 1, 4, *arguments)
+@pytest.mark.parametrize("options", [(True, None), (False, 2048), (True, 1)], ids=["fp8", "sparse", "both"])
+def test_metadata_of_other_modes_is_the_dense_plan(options: tuple[object, ...]) -> None:
+    lengths = torch.tensor([500, 3], dtype=torch.int32)
+    for ours, dense in zip(
+        get_mla_metadata(lengths, 4, 1, 4, *options), get_mla_metadata(lengths, 4, 1, 4), strict=True
+    ):
+        assert torch.equal(ours, dense)
+    with pytest.raises(ValueError, match="num_heads_q must be a multiple of num_heads_k=2"):
+        get_mla_metadata(lengths, 4, 2, 3, *options)
+    metadata = get_mla_metadata(lengths, 4, 1, 2, *options)
+    with pytest.raises(ValueError, match=r"was made for .* num_heads=2"):
+        make((500, 3))(*metadata)
 
 
 def test_errors_speak_of_this_functions_arguments() -> None:
@@ -501,38 +560,17 @@ def sparse_arguments() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        ("indices",),
-        ("attn_sink",),
-        ("indices", "attn_sink"),
-        ("indices", "topk_length"),
-        ("indices", "extra_k_cache", "extra_indices_in_kvcache"),
-        ("indices", "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"),
-    ],
-)
-def test_right_sparse_arguments_are_refused_by_name(given: tuple[str, ...]) -> None:
-    call = make((40, 50))
-    with pytest.raises(UnsupportedError) as caught:
-        call(**{name: tensor for name, tensor in sparse_arguments().items() if name in given})
-    assert str(caught.value).endswith(", ".join(given))
-
-
-def test_right_fp8_arguments_are_refused_by_name() -> None:
-    call = make((40, 50))
-    call.k_cache = torch.zeros(9, 64, 1, 656, dtype=torch.uint8)
-    with pytest.raises(UnsupportedError, match=r"cannot run is_fp8_kvcache$"):
-        call(is_fp8_kvcache=True)
-
-
-@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ({"is_fp8_kvcache": True}, "k_cache must be .* one-byte elements"),
+        ({"is_fp8_kvcache": True, "attn_sink": ...}, "k_cache must be .* one-byte elements"),
         ({"indices": torch.zeros(2, 1, 8)}, r"indices must be int32 \[batch=2, seqlen_q=1, topk\]"),
         ({"indices": torch.zeros(3, 1, 8, dtype=torch.int32)}, r"indices must be .* \(3, 1, 8\)"),
         ({"causal": True, "indices": ...}, "causal must be False with indices"),
         ({"attn_sink": torch.zeros(5)}, r"attn_sink must be float32 \[num_heads=4\]"),
+        ({"attn_sink": torch.zeros(4, dtype=torch.float64)}, r"attn_sink must be float32 .* got torch.float64"),
+        ({"attn_sink": torch.zeros(4, device="meta")}, r"attn_sink must be float32 .* on cpu like q, got .* on meta"),
+        ({"indices": ..., "attn_sink": torch.zeros(5)}, r"attn_sink must be float32 \[num_heads=4\]"),
         ({"topk_length": ...}, "must come with indices"),
         ({"indices": ..., "topk_length": torch.ones(2)}, r"topk_length must be int32 \[batch=2\]"),
         ({"extra_k_cache": ..., "extra_indices_in_kvcache": ...}, "must come with indices"),
@@ -547,6 +585,14 @@ def test_wrong_sparse_and_fp8_arguments_are_value_errors(arguments: dict[str, ob
     with pytest.raises(ValueError, match=named) as caught:
         call(**{name: right[name] if value is ... else value for name, value in arguments.items()})
     assert not isinstance(caught.value, UnsupportedError)
+
+
+def test_fp8_rows_have_to_be_announced() -> None:
+    call = make((40, 50), **FP8_SHAPE)
+    with pytest.raises(ValueError, match="is_fp8_kvcache must be True for a k_cache of one-byte elements, got False"):
+        call(is_fp8_kvcache=False)
+    with pytest.raises(ValueError, match=r"k_cache must be of FP8 rows of 208 bytes for \(128, 32\) columns"):
+        Call(call.q, call.k_cache[..., :192], call.block_table, call.cache_seqlens, 128)()
 
 
 @pytest.mark.parametrize("generation", ["1", "3", "none"])

@@ -1,4 +1,4 @@
-"""DeepSeek FlashMLA's own two functions in dense mode, on `ops.decode`: all three generations of their signatures.
+"""DeepSeek FlashMLA's own two functions for decode: all three generations of their signatures.
 
 | generation | `get_mla_metadata` | returns | `num_splits` |
 |---|---|---|---|
@@ -7,7 +7,8 @@
 | 3 (Jan 2026) | `()` | a metadata object, planned inside the first call, and None | None |
 
 A plan names fractions of a request and the tokens follow from the live lengths, so one that is older than the lengths
-costs balance and never a token.
+costs balance and never a token. Sparse attention needs no plan and does not look at one. (`flash_mla_sparse_fwd`, the
+third function, and all that is beyond dense attention is in `sparse_interface.py`.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from .contract import DecodeCall, UnsupportedError, check_decode, check_plan, describe
+from .contract import DecodeCall, check_decode, check_plan, describe
+from .sparse_interface import NamedRows, attend_to_named, check_options, in_upstream_words, with_sink
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -33,6 +35,9 @@ class FlashMLASchedMeta:
     One object serves all layers of a step, on any number of devices, and later steps too; a new one per step keeps the
     parts balanced. It belongs to one (batch, seqlen_q, num_heads, h_kv). A plan made inside a CUDA graph capture is
     part of that graph (each replay plans again) and is used nowhere else; a plan made outside is not used in a capture.
+
+    A call with `indices` needs no plan: it takes an object in any state and leaves it as it is, for dense calls of any
+    shape before and after. Dense calls over FP8 rows and over others share a plan.
     """
 
     def __init__(self) -> None:
@@ -143,12 +148,12 @@ def get_mla_metadata(
         num_heads_per_head_k: seqlen_q * num_heads // h_kv, query rows that share one row of the cache.
         num_heads_k: h_kv.
         num_heads_q: num_heads, or None when it is not known yet.
-        is_fp8_kvcache: must be False in this version.
-        topk: must be None in this version.
+        is_fp8_kvcache: whether the cache is of FP8 rows; a plan is the same for both.
+        topk: indices per query in sparse attention, which needs no plan: what is returned serves dense calls too.
         num_q_tokens_per_head_k: the name that generation 2 gives to `num_heads_per_head_k`.
     Returns: `(metadata, None)`, or int32 tensors `(tile_scheduler_metadata [num_slots + batch, 4], num_splits
         [batch, 2])`: the two of `ops.SplitPlan`, to be passed on as they are. FlashMLA's own have other shapes.
-    Raises: ValueError: wrong arguments. UnsupportedError: an FP8 cache or sparse attention.
+    Raises: ValueError: wrong arguments.
     The result may be reused for all layers of a step and for later steps, whose lengths may differ. Reads device memory
     only; no host sync.
     """
@@ -157,7 +162,6 @@ def get_mla_metadata(
     rows = num_heads_per_head_k if num_q_tokens_per_head_k is None else num_q_tokens_per_head_k
     if topk is not None and (not isinstance(topk, int) or topk < 1):
         raise ValueError(f"{_METADATA}: topk must be None or >= 1, got {topk!r}")
-    _refuse(_METADATA, {"is_fp8_kvcache": bool(is_fp8_kvcache), "topk": topk is not None})
     if cache_seqlens is None:
         if not (rows is None and num_heads_k is None and num_heads_q is None):
             raise ValueError(f"{_METADATA}: cache_seqlens must be given together with the head counts, got None")
@@ -201,73 +205,82 @@ def flash_mla_with_kvcache(
     topk_length: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few new queries over a paged latent cache: the second half of FlashMLA's interface, dense mode.
+    """Attention of a few new queries over a paged latent cache: the second half of FlashMLA's interface.
+
+    Dense mode, without `indices`: each query sees its request's tokens. Sparse mode, with: the rows that it names.
 
     Args:
         q: `[batch, seqlen_q, num_heads, d_qk]`, bf16/fp16 (torch backend: fp32/fp64 too). Outer strides free.
         k_cache: `[num_blocks, block_size, h_kv, d_qk]`, dtype of `q`; V is the first `head_dim_v` columns. Any page
-            size. Outer strides free.
-        block_table: int32 `[batch, max_blocks]`; entries past the length are not read.
-        cache_seqlens: int32 `[batch]`, tokens in the cache including the new ones; 0 is allowed.
+            size. Outer strides free. With `is_fp8_kvcache` uint8, int8 or float8_e4m3fn `[num_blocks, block_size, h_kv,
+            row_bytes]`: 656 bytes for (512, 64) columns (`flash_mla.codec`). h_kv = 1 in sparse mode.
+        block_table: int32 `[batch, max_blocks]`; entries past the length are not read. Unused in sparse mode.
+        cache_seqlens: int32 `[batch]`, tokens in the cache including the new ones; 0 is allowed. Unused in sparse mode.
         head_dim_v: columns of the value, in elements (512 in DeepSeek's models).
         tile_scheduler_metadata, num_splits: the two results of `get_mla_metadata`, or None to plan inside. They may be
-            older than the lengths. Values of metadata tensors are not checked (that would make the host wait).
+            older than the lengths. Values of metadata tensors are not checked (that would make the host wait). Sparse
+            mode takes them and needs none.
         softmax_scale: multiplier of the scores before softmax; None is `d_qk**-0.5` as in FlashMLA, which is wrong for
             a real model (DeepSeek-V3: 192**-0.5 times YaRN's factor).
         causal: query j sees keys before `len - (seqlen_q - 1 - j)` (bottom-right aligned). No effect at seqlen_q = 1.
-        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length:
-            FP8 cache and sparse attention; must keep their defaults in this version.
+            False in sparse mode.
+        is_fp8_kvcache: whether the caches are of FP8 rows.
+        indices: int32 `[batch, seqlen_q, topk]`, block * block_size + offset of each visible row. Negative, or outside
+            the pool: no token (`FLASH_MLA_DEBUG=1` refuses the latter). A row named twice counts twice. Any topk.
+        attn_sink: fp32 `[num_heads]`, natural log, in both modes: one more entry in the softmax of each head, without a
+            value: `out` is multiplied by exp(lse) / (exp(lse) + exp(sink)), `lse` is without it.
+        extra_k_cache, extra_indices_in_kvcache: a second cache of the same rows (its pages may have another size), and
+            int32 `[batch, seqlen_q, extra_topk]` that name rows of it: attended in addition, in sparse mode.
+        topk_length, extra_topk_length: int32 `[batch]`, how many of the first indices count; None: all.
     Returns: out `[batch, seqlen_q, num_heads, head_dim_v]`, dtype of `q`, 0 where nothing is visible; lse
         `[batch, num_heads, seqlen_q]`, fp32 (fp64 for fp64), natural log, +inf where nothing is visible.
-    Raises: ValueError: wrong shapes, dtypes or devices, or metadata made for another batch or head shape.
-        UnsupportedError: right arguments that this version cannot run, by name; or no backend accepts.
+    Raises: ValueError: wrong shapes, dtypes or devices, or, in dense mode, metadata made for another batch or head
+        shape. UnsupportedError: no backend accepts; lists each with its reasons.
     No host sync; capturable in a CUDA graph. Under `torch.compile` a metadata object is left alone and each call plans.
     """
-    _check_sparse(
-        q,
-        k_cache,
-        causal,
-        is_fp8_kvcache,
-        indices,
-        attn_sink,
-        (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
-        topk_length,
-    )
-    if block_table is None or cache_seqlens is None:
-        raise ValueError(f"{_KVCACHE}: block_table and cache_seqlens must be int32 tensors in dense mode, got None")
+    extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+    check_options(q, k_cache, causal, is_fp8_kvcache, indices, attn_sink, extra, topk_length)
+    _check_metadata(tile_scheduler_metadata, num_splits)
     if not isinstance(softmax_scale, (int, float, type(None))):
         raise ValueError(f"{_KVCACHE}: softmax_scale must be a number or None, got {describe(softmax_scale)}")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if indices is not None:
+        parts = [NamedRows(k_cache, indices, topk_length, is_extra=False)]
+        if extra_k_cache is not None and extra_indices_in_kvcache is not None:
+            parts.append(NamedRows(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, is_extra=True))
+        return attend_to_named(q, parts, head_dim_v, scale, attn_sink)
+    if block_table is None or cache_seqlens is None:
+        raise ValueError(f"{_KVCACHE}: block_table and cache_seqlens must be int32 tensors in dense mode, got None")
+    out, lse = _dense(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, scale, causal
+    )
+    return (out if attn_sink is None else with_sink(out, lse, attn_sink).to(q.dtype)), lse
+
+
+def _dense(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    head_dim_v: int,
+    metadata: torch.Tensor | FlashMLASchedMeta | None,
+    num_splits: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling():
-        items, splits = None, num_splits
-        if isinstance(tile_scheduler_metadata, torch.Tensor):
-            items = tile_scheduler_metadata
+        items = metadata if isinstance(metadata, torch.Tensor) else None
         return torch.ops.flash_mla.decode.default(  # type: ignore[no-any-return]
-            q, k_cache, block_table, cache_seqlens, items, splits, head_dim_v, scale, causal, None
+            q, k_cache, block_table, cache_seqlens, items, num_splits, head_dim_v, scale, causal, None
         )
     try:
         call = check_decode(q, k_cache, block_table, cache_seqlens, head_dim_v, causal, "flash_mla_with_kvcache")
-        if isinstance(tile_scheduler_metadata, torch.Tensor):
-            _check_tensors(call, tile_scheduler_metadata, num_splits, q.device)
+        if isinstance(metadata, torch.Tensor) and num_splits is not None:
+            _check_tensors(call, metadata, num_splits, q.device)
     except ValueError as error:
-        raise ValueError(_in_upstream_words(str(error))) from None
-    if isinstance(tile_scheduler_metadata, torch.Tensor):
-        return ops._decode(
-            call, q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, None
-        )
-    if num_splits is not None:
-        raise ValueError(
-            f"{_KVCACHE}: num_splits must be None unless tile_scheduler_metadata is a tensor, "
-            f"got {describe(num_splits)}"
-        )
-    if tile_scheduler_metadata is None:
-        return ops._decode(call, q, k_cache, block_table, cache_seqlens, None, None, scale, None)
-    if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
-        raise ValueError(
-            f"{_KVCACHE}: tile_scheduler_metadata must be what get_mla_metadata returned or None, "
-            f"got {describe(tile_scheduler_metadata)}"
-        )
-    metadata = tile_scheduler_metadata
+        raise ValueError(in_upstream_words(str(error))) from None
+    if not isinstance(metadata, FlashMLASchedMeta):
+        return ops._decode(call, q, k_cache, block_table, cache_seqlens, metadata, num_splits, scale, None)
     metadata._check(call)
     capture = _capture_id(q.device)
     plan = metadata._plan(q.device, capture) or ops._plan(call, cache_seqlens, None)
@@ -276,23 +289,28 @@ def flash_mla_with_kvcache(
     return result
 
 
-def _in_upstream_words(message: str) -> str:
-    for ours, theirs in (
-        ("kv_cache", "k_cache"),
-        ("kv_lora_rank", "head_dim_v"),
-        ("plan items", "tile_scheduler_metadata"),
-        ("plan splits", "num_splits"),
-    ):
-        message = message.replace(ours, theirs)
-    return message
-
-
-def _check_tensors(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor | None, device: torch.device) -> None:
-    """Raise ValueError unless metadata tensors have the layout of a plan and were made for the shape of `call`."""
-    if not isinstance(splits, torch.Tensor):
+def _check_metadata(metadata: object, num_splits: object) -> None:
+    """Raise ValueError unless the two are of the kinds that `get_mla_metadata` returns together, or None."""
+    if isinstance(metadata, torch.Tensor):
+        if not isinstance(num_splits, torch.Tensor):
+            raise ValueError(
+                f"{_KVCACHE}: num_splits must be the tensor that came with tile_scheduler_metadata, "
+                f"got {describe(num_splits)}"
+            )
+    elif num_splits is not None:
         raise ValueError(
-            f"{_KVCACHE}: num_splits must be the tensor that came with tile_scheduler_metadata, got {describe(splits)}"
+            f"{_KVCACHE}: num_splits must be None unless tile_scheduler_metadata is a tensor, "
+            f"got {describe(num_splits)}"
         )
+    elif not isinstance(metadata, (FlashMLASchedMeta, type(None))):
+        raise ValueError(
+            f"{_KVCACHE}: tile_scheduler_metadata must be what get_mla_metadata returned or None, "
+            f"got {describe(metadata)}"
+        )
+
+
+def _check_tensors(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor, device: torch.device) -> None:
+    """Raise ValueError unless metadata tensors have the layout of a plan and were made for the shape of `call`."""
     for name, tensor in (("tile_scheduler_metadata", items), ("num_splits", splits)):
         if tensor.device != device:
             raise ValueError(f"{_KVCACHE}: {name} must be on {device} like q, got {describe(tensor)}")
@@ -311,72 +329,3 @@ def _check_tensors(call: DecodeCall, items: torch.Tensor, splits: torch.Tensor |
     if None not in pair and pair[0] is not pair[1]:
         raise ValueError(f"{_KVCACHE}: tile_scheduler_metadata and num_splits come from two calls of get_mla_metadata")
     check_plan(call, items, splits, "flash_mla_with_kvcache")
-
-
-def _check_sparse(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    causal: bool,
-    is_fp8_kvcache: bool,
-    indices: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    extra: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    topk_length: torch.Tensor | None,
-) -> None:
-    """Raise ValueError for sparse and FP8 arguments that are wrong, UnsupportedError for those that are right."""
-    extra_k_cache, extra_indices, extra_topk_length = extra
-    optional = (indices, attn_sink, extra_k_cache, extra_indices, topk_length, extra_topk_length)
-    if not isinstance(q, torch.Tensor) or q.ndim != 4:
-        raise ValueError(f"{_KVCACHE}: q must be [batch, seqlen_q, num_heads, d_qk], got {describe(q)}")
-    if not is_fp8_kvcache and all(argument is None for argument in optional):
-        return
-    batch, seqlen_q, num_heads, _ = q.shape
-    if is_fp8_kvcache and (not isinstance(k_cache, torch.Tensor) or k_cache.ndim != 4 or k_cache.dtype.itemsize != 1):
-        raise _wrong(
-            "k_cache", "[num_blocks, block_size, h_kv, bytes] of one-byte elements with is_fp8_kvcache", k_cache
-        )
-    for name, tensor in (("indices", indices), ("extra_indices_in_kvcache", extra_indices)):
-        must = f"int32 [batch={batch}, seqlen_q={seqlen_q}, topk]"
-        if tensor is not None and not _is(tensor, torch.int32, (batch, seqlen_q, None)):
-            raise _wrong(name, must, tensor)
-    for name, tensor in (("topk_length", topk_length), ("extra_topk_length", extra_topk_length)):
-        if tensor is not None and not _is(tensor, torch.int32, (batch,)):
-            raise _wrong(name, f"int32 [batch={batch}]", tensor)
-    if attn_sink is not None and not _is(attn_sink, torch.float32, (num_heads,)):
-        raise _wrong("attn_sink", f"float32 [num_heads={num_heads}]", attn_sink)
-    if extra_k_cache is not None and not (isinstance(extra_k_cache, torch.Tensor) and extra_k_cache.ndim == 4):
-        raise _wrong("extra_k_cache", "[num_blocks, block_size, h_kv, d_qk]", extra_k_cache)
-    if (extra_k_cache is None) != (extra_indices is None):
-        raise ValueError(f"{_KVCACHE}: extra_k_cache and extra_indices_in_kvcache must come together, got only one")
-    if extra_topk_length is not None and extra_indices is None:
-        raise ValueError(f"{_KVCACHE}: extra_topk_length must come with extra_indices_in_kvcache, got None for that")
-    if indices is None and not (topk_length is None and extra_indices is None):
-        raise ValueError(f"{_KVCACHE}: topk_length and extra_* must come with indices, got indices=None")
-    if indices is not None and causal:
-        raise ValueError(f"{_KVCACHE}: causal must be False with indices (they name the visible tokens), got True")
-    names = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
-    given = {name: argument is not None for name, argument in zip(names, optional, strict=True)}
-    _refuse(_KVCACHE, {"is_fp8_kvcache": is_fp8_kvcache, **given})
-
-
-def _is(tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.dtype == dtype
-        and tensor.ndim == len(shape)
-        and all(want in (None, have) for want, have in zip(shape, tensor.shape, strict=True))
-    )
-
-
-def _wrong(argument: str, must: str, came: object) -> ValueError:
-    return ValueError(f"{_KVCACHE}: {argument} must be {must}, got {describe(came)}")
-
-
-def _refuse(function: str, arguments: dict[str, bool]) -> None:
-    """Raise UnsupportedError naming the arguments that are in use."""
-    used = [name for name, given in arguments.items() if given]
-    if used:
-        raise UnsupportedError(
-            f"{function}: this version runs dense attention over a bf16/fp16 cache (torch backend: fp32/fp64 too); "
-            f"it cannot run {', '.join(used)}"
-        )
