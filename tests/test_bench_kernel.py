@@ -31,7 +31,7 @@ from flash_mla.bench.figures import (
     read_anchors,
     work_of,
 )
-from flash_mla.cli import app as cli_app
+from flash_mla.cli import bench_commands
 from flash_mla.cli.app import app
 from flash_mla.contract import UnsupportedError
 
@@ -428,7 +428,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     monkeypatch.setattr(
         bench_kernel, "time_append", lambda dtype, timing, *shape: AppendFigure("torch", 1000, 576, 1e-3)
     )
-    monkeypatch.setattr(cli_app, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(bench_commands, "device_of", lambda name: torch.device("cuda"))
     monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return seen

@@ -1,46 +1,40 @@
-"""The commands and their options; what they do lives in `cli.env` and `flash_mla.bench`."""
+"""The commands and their options; what they do lives beside this file, and in `quality`, `outliers` and `bench`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
+
+from .bench_commands import bench
+from .options import console, device_of, dtype_of, stop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
-bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
 app.add_typer(bench, name="bench")
 
-# Into a file or a pipe a table keeps its rows whole; rich would wrap it at 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 180)
-
-RESULTS = Path("benchmarks/results")
-Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
-class Attention(str, Enum):
-    """Names of attention implementations that `bench generate` compares."""
+class Stored(str, Enum):
+    """How pages hold tokens: as FP8 rows, or as the model computes."""
 
-    flash_mla = "flash_mla"
-    sdpa = "sdpa"
+    fp8 = "fp8"
+    model = "model"
+
+
+class Native(str, Enum):
+    """Names of native attention implementations that `verify` compares with."""
+
     eager = "eager"
-
-
-class CacheKind(str, Enum):
-    """How the cache gets its memory: growing, or at fixed capacity (compiled by Transformers on a GPU)."""
-
-    dynamic = "dynamic"
-    static = "static"
+    sdpa = "sdpa"
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def env(as_json: Json = False) -> None:
     """Versions, GPU, which backend would run and why the others would not, and what shadows this package."""
     from .env import environment, show
 
@@ -51,321 +45,111 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable."
         show(report, console)
 
 
-@bench.command()
-def kernel(
-    batch: Annotated[int | None, typer.Option(min=1, help="Requests. Without it: every shape of the anchors.")] = None,
-    seqlen_k: Annotated[int, typer.Option(min=1, help="Tokens in the cache per request.")] = 4096,
-    num_heads: Annotated[int, typer.Option(min=1)] = 128,
-    seqlen_q: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 1,
-    varlen: Annotated[bool, typer.Option("--varlen", help="Lengths normal around seqlen_k.")] = False,
-    kv_lora_rank: Annotated[int, typer.Option(min=16)] = 512,
-    qk_rope_head_dim: Annotated[int, typer.Option(min=16)] = 64,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens per page.")] = 64,
-    anchors: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="What others need, to compare with.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    backend: Annotated[
-        str | None, typer.Option(help="Names with commas between, measured in turns. Default: the first that accepts.")
-    ] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Plan each request by its own length alone.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Bursts per backend; the figure is their median.")] = 4,
-    burst: Annotated[float, typer.Option(min=0.001, help="Seconds of a burst.")] = 0.08,
-    pause: Annotated[float, typer.Option(min=0, help="Idle seconds before each burst.")] = 0.1,
-    sustained: Annotated[float, typer.Option(min=0, help="Also one burst of so many seconds; 0: none.")] = 0,
-    cold: Annotated[bool, typer.Option(help="Also time single calls after an L2 flush.")] = True,
-    ceilings: Annotated[bool, typer.Option(help="Measure copy, read and matmul rates in the same run.")] = True,
-    append: Annotated[bool, typer.Option(help="Also time writing new tokens into their pages.")] = True,
-    check: Annotated[
-        bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the roofline, as this PNG.")] = None,
-    out: Out = RESULTS,
-) -> None:
-    """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
-    from ..bench import kernel as bench_kernel
-    from ..bench.figures import SHAPES, DecodeShape, compare, read_anchors, summarize
-    from ..bench.report import machine, write_report
-    from ..bench.roofline import draw_roofline, require_matplotlib
-    from .tables import class_table, kernel_table, losses
-
-    known = read_anchors(anchors) if anchors is not None else None
-    if batch is not None:
-        one = DecodeShape(batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size)
-        shapes = [one]
-    else:
-        shapes = [DecodeShape(*key) for key in known.by_shape] if known is not None else list(SHAPES)
-    kind, names = _dtype(dtype, None), _backends(backend)
-    if plot is not None:
-        if plot.suffix != ".png":
-            raise typer.BadParameter(f"must end in .png, got {plot}", param_hint="--plot")
-        try:
-            require_matplotlib()  # before minutes are spent
-        except ImportError as error:
-            _stop(f"ImportError: {error}")
-    where = _device(None)
-    if where.type != "cuda":
-        _stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
-    timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
-    head = machine(where)
-    at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
-    appended = bench_kernel.time_append(kind, timing, kv_lora_rank, qk_rope_head_dim, block_size) if append else None
-    results, failed = [], dict[str, str]()
-    for shape in shapes:
-        torch.cuda.empty_cache()
-        try:
-            measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
-        except torch.OutOfMemoryError as error:
-            measured, refused = [], {shape.name: str(error)}
-        results += measured
-        failed |= refused
-        # As it comes: a later shape may end the process.
-        for result in measured:
-            typer.echo(f"{shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
-    rows = compare(results, known, at_best)
-    summary = summarize(rows)
-    console.print(kernel_table(rows, head["device"]))
-    if len(shapes) > 1:
-        console.print(class_table(summary))
-    for line in losses(rows):
-        typer.echo(line)
-    if at_best is not None:
-        typer.echo(
-            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
-            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
-        )
-    if appended is not None:
-        typer.echo(
-            f"append, {appended.backend}: {appended.tokens:,} rows of {appended.row_bytes:,} bytes in "
-            f"{appended.ms:.4f} ms, {appended.TBps:.2f} TB/s read and written"
-        )
-    for name, error_text in failed.items():
-        typer.echo(f"not measured: {name}: {error_text}", err=True)
-    report = {
-        **head,
-        "what": "ops.decode by shape; method: flash_mla.bench.kernel",
-        "timing": {**asdict(timing), "deterministic": deterministic},
-        "ceilings": None if at_best is None else asdict(at_best),
-        "append": None if appended is None else {**asdict(appended), "TBps": round(appended.TBps, 3)},
-        "anchors": str(anchors) if anchors is not None else None,
-        "anchor_ceilings": asdict(known.ceilings) if known is not None and known.ceilings is not None else None,
-        "rows": rows,
-        "summary": summary,
-        "not_measured": failed,
-    }
-    stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
-    if plot is not None and rows:
-        typer.echo(f"wrote {draw_roofline(report, plot)}")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _backends(names: str | None) -> list[str | None]:
-    from ..ops import BACKENDS
-
-    if names is None:
-        return [None]
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name not in BACKENDS:
-            raise typer.BadParameter(f"no such backend: {name!r}; have {', '.join(BACKENDS)}", param_hint="--backend")
-    if len(set(chosen)) < len(chosen):
-        raise typer.BadParameter(f"the same backend twice: {names}", param_hint="--backend")
-    return [*chosen]
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(1)
-
-
-@bench.command()
-def generate(
+@app.command()
+def verify(
     model: Annotated[
-        str, typer.Option(help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, v3-layer, tiny.")
-    ] = "tiny",
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    prompt: Annotated[
-        str, typer.Option(help="Tokens per row, with commas between; for v3-layer, tokens in the cache.")
-    ] = "1024",
-    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate per row.")] = 32,
-    attn: Annotated[Attention, typer.Option(help="Attention to measure.")] = Attention.flash_mla,
-    cache: Annotated[CacheKind, typer.Option(help="Growing, or of fixed capacity and compiled.")] = CacheKind.dynamic,
-    baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too, to divide by.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs per attention and prompt; the figure is their median.")] = 1,
-    turns: Annotated[
-        bool | None, typer.Option(help="Attentions take turns, round by round. Default: with a dynamic cache.")
+        str,
+        typer.Argument(
+            help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, tiny. With -layer after it, of "
+            "these and v3: one attention layer on latents with outlier columns."
+        ),
+    ],
+    cache: Annotated[Stored, typer.Option(help="Rows of the pages; fp8 measures model as well.")] = Stored.fp8,
+    reference: Annotated[Native, typer.Option(help="Native attention to compare with.")] = Native.eager,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text. Default: one that is built in.")
     ] = None,
-    experts: Annotated[str | None, typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")] = None,
-    prefill_chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the prompt per forward. Default: all at once.")
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in one forward first, 256; of a layer, in the cache, 1024.")
     ] = None,
-    num_heads: Annotated[int, typer.Option(min=1, help="Heads of v3-layer.")] = 128,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Input columns of v3-layer.")] = 7168,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded one by one and compared.")] = 128,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least share of equal top-1 tokens; below it the exit code is 1.")
+    ] = None,
+    max_perplexity_change: Annotated[
+        float | None, typer.Option(min=0, help="Largest relative change either way; 0.01 = 1%. Above it: exit code 1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and token ids.")] = 0,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
-    warmup: Annotated[bool, typer.Option(help="Run a few steps of the same shape first.")] = True,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also record us of device time per step by kernel (4 late steps; CUDA).")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
+    dtype: Annotated[
+        str | None, typer.Option(help="Default: bfloat16 on a GPU and of a layer, float32 on a CPU.")
     ] = None,
-    out: Out = RESULTS,
+    as_json: Json = False,
 ) -> None:
-    """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
-    from ..bench import generate as bench_generate
-    from ..bench.context import compare
-    from ..bench.plots import draw_generate, require_matplotlib
-    from ..bench.report import machine, write_report
-    from ..bench.shapes import build_model
-    from .tables import device_time_table, generate_table, ran
+    """What the paged cache does to logits: one text through native attention and through pages, token by token."""
+    from . import verify as commands
 
-    where, kind, prompts = _device(device), _dtype(dtype, device), _lengths(prompt)
-    names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
-    if profile and where.type != "cuda":
-        raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
-    if profile and model != "v3-layer" and new_tokens < bench_generate.MIN_PROFILED_TOKENS:
-        least = f"needs --new-tokens >= {bench_generate.MIN_PROFILED_TOKENS}, got {new_tokens}"
-        raise typer.BadParameter(least, param_hint="--profile")
-    if plot is not None:
-        if model == "v3-layer":
-            raise typer.BadParameter("draws generate() on a model, got v3-layer", param_hint="--plot")
-        try:
-            require_matplotlib()  # before minutes are spent
-        except ImportError as error:
-            _stop(f"ImportError: {error}")
-    head = machine(where)
-    if model == "v3-layer":
-        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out)
-        return
+    where = device_of(device)
     try:
-        loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
-    except ImportError as error:
-        _stop(f"ImportError: {error}")
-    if experts is not None:
-        loaded.set_experts_implementation(experts)
-    settings = [
-        bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
-        for length in prompts
-        for name in names
-    ]
-    in_turns = cache is CacheKind.dynamic if turns is None else turns
-    results, failed = bench_generate.measure(
-        loaded,
-        settings,
-        rounds=rounds,
-        in_turns=in_turns,
-        warmup=warmup,
-        profile=profile,
-        report=lambda line: typer.echo(line, err=True),
-    )
-    against = names[1] if len(names) > 1 else None
-    rows = compare([result.to_json() for result in results], against)
-    if rows:
-        console.print(generate_table(rows, head["device"], against))
-    if profile and results:
-        console.print(device_time_table(results))
-    for result in results:
-        typer.echo(ran(result))
-    for result in results:
-        if result.identical_rows is not None:
-            typer.echo(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
-    for name, error_text in failed.items():
-        typer.echo(f"not measured: {name}: {error_text}", err=True)
-    report = {
-        **head,
-        "what": "generate(), greedy; method: flash_mla.bench.generate",
-        "baseline": against,
-        "experts": experts,
-        "rounds_in_turns": in_turns,
-        "rows": rows,
-        "not_measured": failed,
-    }
-    stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
-    if plot is not None and rows:
-        for path in draw_generate(report, plot):
-            typer.echo(f"wrote {path}")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _layers(
-    names: list[str],
-    prompts: list[int],
-    num_heads: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    hidden_size: int,
-    profile: bool,
-    out: Path,
-) -> None:
-    from ..bench.layer import time_layer
-    from ..bench.report import machine, write_report
-    from .tables import device_time_table, layer_table, ran
-
-    head = machine(device)
-    layers, failed = [], dict[str, str]()
-    for length in prompts:
-        for name in names:
-            try:
-                layer = time_layer(
-                    attn=name,
-                    num_heads=num_heads,
-                    batch=batch,
-                    prompt=length,
-                    device=device,
-                    dtype=dtype,
-                    hidden_size=hidden_size,
-                    profile=profile,
+        layer = commands.layer_shape(model)
+        if layer is not None:
+            bounds = min_agreement is not None or max_perplexity_change is not None
+            if text is not None or bounds:
+                raise ValueError(
+                    "flash-mla verify: a layer has no text and no tokens: --text, --min-agreement and "
+                    f"--max-perplexity-change are for a model, got {model}"
                 )
-            except torch.OutOfMemoryError as error:
-                failed[f"{name}, prompt {length}"] = str(error)
-            else:
-                layers.append(layer)
-    if layers:
-        console.print(layer_table(layers, head["device"]))
-    if profile and layers:
-        console.print(device_time_table(layers))
-    for layer in layers:
-        typer.echo(ran(layer))
-    for name, error_text in failed.items():
-        typer.echo(f"not measured: {name}: {error_text}", err=True)
-    report = {
-        **head,
-        "what": "decode step of one DeepseekV3Attention; method: flash_mla.bench.layer",
-        "rows": [row.to_json() for row in layers],
-        "not_measured": failed,
-    }
-    stem = f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+            kind = dtype_of(dtype or "bfloat16", device)
+            report = commands.verify_layer(model, layer, prompt_tokens or 1024, kind, where, seed)
+        else:
+            report = commands.verify_model(
+                model,
+                cache=cache.value,
+                reference=reference.value,
+                text=text,
+                prompt_tokens=prompt_tokens or 256,
+                new_tokens=new_tokens,
+                dtype=dtype_of(dtype, device),
+                device=where,
+                seed=seed,
+                quiet=as_json,
+            )
+    except (ImportError, OSError, ValueError) as error:
+        stop(f"{type(error).__name__}: {error}")
+    failed = [] if layer is not None else commands.failures(report, min_agreement, max_perplexity_change)
+    if as_json:
+        typer.echo(json.dumps({**report, "failed": failed}, indent=1, allow_nan=False))
+    elif layer is not None:
+        commands.show_layer(report, console)
+    else:
+        commands.show_model(report, console)
+    for line in failed:
+        typer.echo(f"FAILED: {line}", err=True)
     if failed:
         raise typer.Exit(1)
 
 
-def _lengths(text: str) -> list[int]:
-    """Prompt lengths of an option, in their order."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise typer.BadParameter(
-            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint="--prompt"
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, path, or a shape: v2-lite, glm-4.7-flash, minicpm3, tiny.")],
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens per row, new ones included.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    gpu_mem: Annotated[float | None, typer.Option(min=0, help="GiB of one GPU: what fits beside the weights.")] = None,
+    reserve: Annotated[float | None, typer.Option(min=0, help="GiB of it kept free. Default: a tenth.")] = None,
+    weights: Annotated[
+        float | None, typer.Option(min=0, help="GiB of weights, if quantised or spread over GPUs. Default: counted.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of weights and cache. Default: the config's, or bfloat16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes of a model's weights and of its cache by format, and the batch and context that fit; loads no weights."""
+    from . import estimate as commands
+
+    kind = None if dtype is None else dtype_of(dtype, None)
+    try:
+        found = commands.estimate(
+            model,
+            commands.read_config(model),
+            ctx=ctx,
+            batch=batch,
+            dtype=kind,
+            gpu_mem=gpu_mem,
+            reserve=reserve,
+            weights=weights,
         )
-    return [int(part) for part in parts]
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _dtype(name: str | None, device: str | None) -> torch.dtype:
-    if name is None:
-        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
-    kind = getattr(torch, name, None)
-    if not isinstance(kind, torch.dtype):
-        raise typer.BadParameter(f"no such dtype: {name}", param_hint="--dtype")
-    return kind
+    except (ImportError, OSError, ValueError) as error:
+        stop(f"{type(error).__name__}: {error}")
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        commands.show(found, console)

@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from ..bench.generate import GenerateResult
     from ..bench.layer import LayerResult
 
-__all__ = ["class_table", "device_time_table", "generate_table", "kernel_table", "layer_table", "losses", "ran"]
+__all__ = [
+    "class_table",
+    "device_time_table",
+    "generate_table",
+    "kernel_table",
+    "layer_table",
+    "losses",
+    "new_table",
+    "ran",
+]
 
 
-def _table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
+def new_table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
+    """An empty table; the first `text_columns` columns to the left, numbers to the right."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < text_columns else "right", no_wrap=number == 0)
@@ -38,7 +48,7 @@ def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None
     columns += ("peak GiB", "decode peak GiB", "cache GiB")
     columns += ("/ baseline", *(("spread",) * several)) * (baseline is not None)
     columns += ("context ms", *(("+-",) * several))
-    table = _table(
+    table = new_table(
         f"{first['model']}: batch {first['batch']}, {first['new_tokens']} new tokens, {first['cache']} cache, "
         f"{first['dtype']}, {device}",
         columns,
@@ -61,7 +71,7 @@ def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None
 def layer_table(rows: list[LayerResult], device: str) -> Table:
     """Measured decode steps of one attention layer."""
     first = rows[0]
-    table = _table(
+    table = new_table(
         f"DeepseekV3Attention, {first.num_heads} heads: batch {first.batch}, {first.dtype}, {device}",
         ("context", "attn", "ms/step", "ms/step in a CUDA graph", "peak MiB"),
         2,
@@ -76,7 +86,7 @@ def device_time_table(rows: list[GenerateResult] | list[LayerResult]) -> Table:
     """Device time per step, of all kernels and of our own by group: microseconds busy (number of kernels)."""
     from ..bench.device_time import GROUPS
 
-    table = _table("device time per step: us busy (kernels)", ("prompt", "attn", "all", *GROUPS), 2)
+    table = new_table("device time per step: us busy (kernels)", ("prompt", "attn", "all", *GROUPS), 2)
 
     def cell(part: dict[str, float] | None) -> str:
         return "-" if part is None else f"{part['busy_us']:.1f} ({part['kernels']:g})"
@@ -118,7 +128,7 @@ def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
         "x floor",
     )
     columns += ("% floor", *(("best", "best ms", "/ best") * compared), *(("scaled",) * scaled))
-    table = _table(f"decode, {rows[0]['dtype'] if rows else ''}, {device}", columns, 2)
+    table = new_table(f"decode, {rows[0]['dtype'] if rows else ''}, {device}", columns, 2)
     for row in rows:
         cells = [
             _shape(row),
@@ -147,7 +157,7 @@ def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
 def class_table(summary: list[dict[str, Any]]) -> Table:
     """Geometric means from `bench.figures.summarize`; those of the anchors over the same shapes."""
     columns = ("class", "backend", "shapes", "x floor", "best anchor, x floor", "/ best", "scaled")
-    table = _table("geometric means", columns, 2)
+    table = new_table("geometric means", columns, 2)
     for entry in summary:
         table.add_row(
             entry["class"],

@@ -1,0 +1,337 @@
+"""`flash-mla bench`: its commands and their options; what they do lives in `flash_mla.bench`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from .options import console, device_of, dtype_of, stop
+
+__all__ = ["bench"]
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
+
+RESULTS = Path("benchmarks/results")
+Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
+
+
+class Attention(str, Enum):
+    """Names of attention implementations that `bench generate` compares."""
+
+    flash_mla = "flash_mla"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class CacheKind(str, Enum):
+    """How the cache gets its memory: growing, or at fixed capacity (compiled by Transformers on a GPU)."""
+
+    dynamic = "dynamic"
+    static = "static"
+
+
+@bench.command()
+def kernel(
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests. Without it: every shape of the anchors.")] = None,
+    seqlen_k: Annotated[int, typer.Option(min=1, help="Tokens in the cache per request.")] = 4096,
+    num_heads: Annotated[int, typer.Option(min=1)] = 128,
+    seqlen_q: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 1,
+    varlen: Annotated[bool, typer.Option("--varlen", help="Lengths normal around seqlen_k.")] = False,
+    kv_lora_rank: Annotated[int, typer.Option(min=16)] = 512,
+    qk_rope_head_dim: Annotated[int, typer.Option(min=16)] = 64,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per page.")] = 64,
+    anchors: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What others need, to compare with.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    backend: Annotated[
+        str | None, typer.Option(help="Names with commas between, measured in turns. Default: the first that accepts.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Plan each request by its own length alone.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Bursts per backend; the figure is their median.")] = 4,
+    burst: Annotated[float, typer.Option(min=0.001, help="Seconds of a burst.")] = 0.08,
+    pause: Annotated[float, typer.Option(min=0, help="Idle seconds before each burst.")] = 0.1,
+    sustained: Annotated[float, typer.Option(min=0, help="Also one burst of so many seconds; 0: none.")] = 0,
+    cold: Annotated[bool, typer.Option(help="Also time single calls after an L2 flush.")] = True,
+    ceilings: Annotated[bool, typer.Option(help="Measure copy, read and matmul rates in the same run.")] = True,
+    append: Annotated[bool, typer.Option(help="Also time writing new tokens into their pages.")] = True,
+    check: Annotated[
+        bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the roofline, as this PNG.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
+    from ..bench import kernel as bench_kernel
+    from ..bench.figures import SHAPES, DecodeShape, compare, read_anchors, summarize
+    from ..bench.report import machine, write_report
+    from ..bench.roofline import draw_roofline, require_matplotlib
+    from .tables import class_table, kernel_table, losses
+
+    known = read_anchors(anchors) if anchors is not None else None
+    if batch is not None:
+        one = DecodeShape(batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size)
+        shapes = [one]
+    else:
+        shapes = [DecodeShape(*key) for key in known.by_shape] if known is not None else list(SHAPES)
+    kind, names = dtype_of(dtype, None), _backends(backend)
+    if plot is not None:
+        if plot.suffix != ".png":
+            raise typer.BadParameter(f"must end in .png, got {plot}", param_hint="--plot")
+        try:
+            require_matplotlib()  # before minutes are spent
+        except ImportError as error:
+            stop(f"ImportError: {error}")
+    where = device_of(None)
+    if where.type != "cuda":
+        stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
+    timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
+    head = machine(where)
+    at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+    appended = bench_kernel.time_append(kind, timing, kv_lora_rank, qk_rope_head_dim, block_size) if append else None
+    results, failed = [], dict[str, str]()
+    for shape in shapes:
+        torch.cuda.empty_cache()
+        try:
+            measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
+        except torch.OutOfMemoryError as error:
+            measured, refused = [], {shape.name: str(error)}
+        results += measured
+        failed |= refused
+        # As it comes: a later shape may end the process.
+        for result in measured:
+            typer.echo(f"{shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
+    rows = compare(results, known, at_best)
+    summary = summarize(rows)
+    console.print(kernel_table(rows, head["device"]))
+    if len(shapes) > 1:
+        console.print(class_table(summary))
+    for line in losses(rows):
+        typer.echo(line)
+    if at_best is not None:
+        typer.echo(
+            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
+            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
+        )
+    if appended is not None:
+        typer.echo(
+            f"append, {appended.backend}: {appended.tokens:,} rows of {appended.row_bytes:,} bytes in "
+            f"{appended.ms:.4f} ms, {appended.TBps:.2f} TB/s read and written"
+        )
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "ops.decode by shape; method: flash_mla.bench.kernel",
+        "timing": {**asdict(timing), "deterministic": deterministic},
+        "ceilings": None if at_best is None else asdict(at_best),
+        "append": None if appended is None else {**asdict(appended), "TBps": round(appended.TBps, 3)},
+        "anchors": str(anchors) if anchors is not None else None,
+        "anchor_ceilings": asdict(known.ceilings) if known is not None and known.ceilings is not None else None,
+        "rows": rows,
+        "summary": summary,
+        "not_measured": failed,
+    }
+    stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+    if plot is not None and rows:
+        typer.echo(f"wrote {draw_roofline(report, plot)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _backends(names: str | None) -> list[str | None]:
+    from ..ops import BACKENDS
+
+    if names is None:
+        return [None]
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in BACKENDS:
+            raise typer.BadParameter(f"no such backend: {name!r}; have {', '.join(BACKENDS)}", param_hint="--backend")
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter(f"the same backend twice: {names}", param_hint="--backend")
+    return [*chosen]
+
+
+@bench.command()
+def generate(
+    model: Annotated[
+        str, typer.Option(help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, v3-layer, tiny.")
+    ] = "tiny",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    prompt: Annotated[
+        str, typer.Option(help="Tokens per row, with commas between; for v3-layer, tokens in the cache.")
+    ] = "1024",
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate per row.")] = 32,
+    attn: Annotated[Attention, typer.Option(help="Attention to measure.")] = Attention.flash_mla,
+    cache: Annotated[CacheKind, typer.Option(help="Growing, or of fixed capacity and compiled.")] = CacheKind.dynamic,
+    baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too, to divide by.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per attention and prompt; the figure is their median.")] = 1,
+    turns: Annotated[
+        bool | None, typer.Option(help="Attentions take turns, round by round. Default: with a dynamic cache.")
+    ] = None,
+    experts: Annotated[str | None, typer.Option(help="experts_implementation: grouped_mm, batched_mm, eager.")] = None,
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt per forward. Default: all at once.")
+    ] = None,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads of v3-layer.")] = 128,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Input columns of v3-layer.")] = 7168,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    warmup: Annotated[bool, typer.Option(help="Run a few steps of the same shape first.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also record us of device time per step by kernel (4 late steps; CUDA).")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
+    from ..bench import generate as bench_generate
+    from ..bench.context import compare
+    from ..bench.plots import draw_generate, require_matplotlib
+    from ..bench.report import machine, write_report
+    from ..bench.shapes import build_model
+    from .tables import device_time_table, generate_table, ran
+
+    where, kind, prompts = device_of(device), dtype_of(dtype, device), _lengths(prompt)
+    names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
+    if profile and where.type != "cuda":
+        raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
+    if profile and model != "v3-layer" and new_tokens < bench_generate.MIN_PROFILED_TOKENS:
+        least = f"needs --new-tokens >= {bench_generate.MIN_PROFILED_TOKENS}, got {new_tokens}"
+        raise typer.BadParameter(least, param_hint="--profile")
+    if plot is not None:
+        if model == "v3-layer":
+            raise typer.BadParameter("draws generate() on a model, got v3-layer", param_hint="--plot")
+        try:
+            require_matplotlib()  # before minutes are spent
+        except ImportError as error:
+            stop(f"ImportError: {error}")
+    head = machine(where)
+    if model == "v3-layer":
+        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out)
+        return
+    try:
+        loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+    except ImportError as error:
+        stop(f"ImportError: {error}")
+    if experts is not None:
+        loaded.set_experts_implementation(experts)
+    settings = [
+        bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
+        for length in prompts
+        for name in names
+    ]
+    in_turns = cache is CacheKind.dynamic if turns is None else turns
+    results, failed = bench_generate.measure(
+        loaded,
+        settings,
+        rounds=rounds,
+        in_turns=in_turns,
+        warmup=warmup,
+        profile=profile,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    against = names[1] if len(names) > 1 else None
+    rows = compare([result.to_json() for result in results], against)
+    if rows:
+        console.print(generate_table(rows, head["device"], against))
+    if profile and results:
+        console.print(device_time_table(results))
+    for result in results:
+        typer.echo(ran(result))
+    for result in results:
+        if result.identical_rows is not None:
+            typer.echo(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "generate(), greedy; method: flash_mla.bench.generate",
+        "baseline": against,
+        "experts": experts,
+        "rounds_in_turns": in_turns,
+        "rows": rows,
+        "not_measured": failed,
+    }
+    stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+    if plot is not None and rows:
+        for path in draw_generate(report, plot):
+            typer.echo(f"wrote {path}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _layers(
+    names: list[str],
+    prompts: list[int],
+    num_heads: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    profile: bool,
+    out: Path,
+) -> None:
+    from ..bench.layer import time_layer
+    from ..bench.report import machine, write_report
+    from .tables import device_time_table, layer_table, ran
+
+    head = machine(device)
+    layers, failed = [], dict[str, str]()
+    for length in prompts:
+        for name in names:
+            try:
+                layer = time_layer(
+                    attn=name,
+                    num_heads=num_heads,
+                    batch=batch,
+                    prompt=length,
+                    device=device,
+                    dtype=dtype,
+                    hidden_size=hidden_size,
+                    profile=profile,
+                )
+            except torch.OutOfMemoryError as error:
+                failed[f"{name}, prompt {length}"] = str(error)
+            else:
+                layers.append(layer)
+    if layers:
+        console.print(layer_table(layers, head["device"]))
+    if profile and layers:
+        console.print(device_time_table(layers))
+    for layer in layers:
+        typer.echo(ran(layer))
+    for name, error_text in failed.items():
+        typer.echo(f"not measured: {name}: {error_text}", err=True)
+    report = {
+        **head,
+        "what": "decode step of one DeepseekV3Attention; method: flash_mla.bench.layer",
+        "rows": [row.to_json() for row in layers],
+        "not_measured": failed,
+    }
+    stem = f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}"
+    typer.echo(f"wrote {write_report(out, stem, report)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _lengths(text: str) -> list[int]:
+    """Prompt lengths of an option, in their order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise typer.BadParameter(
+            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint="--prompt"
+        )
+    return [int(part) for part in parts]
