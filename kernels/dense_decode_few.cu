@@ -17,59 +17,39 @@
 //   q_full, q_empty           Q of an item: Q's warp -> both consumers -> Q's warp
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (One file of 700 lines: producers,
 // consumers and their barriers are one protocol, read together or not at all.)
-#include "item.cuh"
-#include "wgmma.cuh"
+#include "few_rows.cuh"
 
-constexpr int KV_LORA_RANK = 512;
-constexpr int V_TILES = KV_LORA_RANK / TILE_COLUMNS;
 constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns
 constexpr int SLOT_TILES = 3;       // of a ring slot: one box
 constexpr int SLOT_BYTES = SLOT_TILES * TILE_BYTES;
 constexpr int UNIT_SLOTS = TILES / SLOT_TILES;
 static_assert(UNIT_SLOTS * SLOT_TILES == TILES);
 
-constexpr int NUM_THREADS = 3 * WARPGROUP;
-constexpr int CONSUMERS = 2;
 // 504 per lane over the three warpgroups, as in dense_decode.cu.
 constexpr int CONSUMER_REGISTERS = 224;
 constexpr int PRODUCER_REGISTERS = 56;
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 504);
 
-// Results are exchanged by 16 rows at a time, half of the columns per consumer: 32 numbers per thread. Those of whole
-// requests are turned in shared memory: a pitch of 4 modulo 32 words gives the lanes of an accumulator, 8 columns x 4
-// pairs of rows, 32 banks.
-constexpr int STAGED_ROWS = 16;
-constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;
-constexpr int STAGED_PITCH = HALF_COLUMNS + 4;
-constexpr int HALF_TILES = V_TILES / 2;
-constexpr int EXCHANGED_VECTORS = HALF_TILES * STAGED_ROWS / 2 / 4;
-
-// Named barriers; 0 is __syncthreads.
-enum NamedBarrier : int { BARRIER_BOTH = 1, BARRIER_CONSUMER = 2 };  // and BARRIER_CONSUMER + 1
+template <class S>
+struct Shared;
 
 template <int ROWS_, int STAGES_, bool IS_BF16_>
 struct Shape {
+  using Memory = Shared<Shape>;
   static constexpr int ROWS = ROWS_;      // wgmma's N
   static constexpr int STAGES = STAGES_;  // ring slots
   static constexpr bool IS_BF16 = IS_BF16_;
   static constexpr int Q_TILE_BYTES = ROWS * TILE_COLUMNS * 2;
   static constexpr int COLUMNS = ROWS / 4;  // columns of S^T and O^T, that is query rows, of which a thread has a part
+  static constexpr int Q_ARRIVALS = 1;      // of the thread that loads Q
+  static constexpr int TURNS = CONSUMERS;
+  static constexpr int O_TILES = V_TILES;
   static_assert(ROWS % STAGED_ROWS == 0);
+  static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer) {
+    return shared.exchange[consumer];
+  }
   // Both consumers hold a unit and the producer needs room to go on.
   static_assert(STAGES >= CONSUMERS * UNIT_SLOTS);
-};
-
-// What a consumer gets from the other one, from the thread of the same number, and then turns.
-union Exchange {
-  float4 taken[EXCHANGED_VECTORS][WARPGROUP];
-  float staged[STAGED_ROWS][STAGED_PITCH];
-};
-
-// Where a query row lies: once per CTA, because integer division is slow.
-struct Row {
-  int out;     // query * num_heads + head: its place among a request's rows of `out` and the partial results
-  int lse;     // head * seqlen_q + query; < 0: no such row
-  int hidden;  // tokens at the end that it does not see
 };
 
 template <class S>
@@ -101,55 +81,7 @@ __device__ __forceinline__ uint32_t slot_address(int slot) {
   return base + slot * SLOT_BYTES;
 }
 
-// Position in the ring and the parity of its barriers' phase.
-template <class S>
-struct Position {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ Position after(int slots) const {
-    Position result = {slot + slots, phase};
-    if (result.slot >= S::STAGES) result = {result.slot - S::STAGES, phase ^ 1};
-    return result;
-  }
-};
-
-// The query row of a thread's accumulator column `i`.
-__device__ __forceinline__ int column_row(int i) { return (i >> 1) * 8 + thread_index() % 4 * 2 + (i & 1); }
-
-// Number of accumulator i among the thread's columns.
-__device__ __forceinline__ constexpr int column_of(int i) { return (i >> 2) * 2 + (i & 1); }
-
 // --- producers ------------------------------------------------------------------------------------------------------
-
-// The item of plan row `row`, or the first after it that has units; request < 0: none.
-__device__ __forceinline__ Item item_with_units(const DecodeParams& params, int row) {
-  Item item;
-  item.request = -1;
-  while (row >= 0) {
-    item = load_item(params, row);
-    if (item.request < 0 || item.num_units > 0) return item;
-    row = item.next;
-    item.request = -1;
-  }
-  return item;
-}
-
-// Where a unit lies in the pool.
-struct Place {
-  int page;
-  int row;  // of the page: tokens
-};
-
-// Of 32 units from `unit` on, one per lane; all 32 are under way at once, and no division is left for later.
-__device__ __forceinline__ Place places_of(const DecodeParams& params, const Item& item, int unit) {
-  Place place = {0, 0};
-  unit += thread_index() % 32;
-  if (item.request < 0 || unit >= item.num_units) return place;
-  const int token = (item.first_unit + unit) * BLOCK_N;
-  if (params.box_rows == BLOCK_N) place.page = page_of(params, item.request, token);
-  place.row = row_in_page(params, token);
-  return place;
-}
 
 // Loads a third of a unit, from tile `tile` on, into `target`.
 __device__ __forceinline__ void load_slot(const DecodeParams& params, const Cta& cta, const Item& item, uint8_t* target,
@@ -229,49 +161,33 @@ __device__ __forceinline__ void load_queries(const DecodeParams& params, Shared<
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
-// Maxima over the unit's tokens, of each of the thread's columns, in all threads of the warpgroup.
+// P of the scores, which count from the references: to shared memory, rounded; and sums over the thread's tokens.
 template <class S>
-__device__ __forceinline__ void column_maxima(Shared<S>& shared, int consumer, float (&top)[S::COLUMNS]) {
-  const int thread = thread_index() % WARPGROUP;
+struct PlainP {
+  Shared<S>& shared;
+  int consumer;
+  __device__ __forceinline__ void operator()(const float (&s)[S::ROWS / 2], float (&sum)[S::COLUMNS]) const {
+    float p[S::ROWS / 2];
 #pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    top[i] = fmaxf(top[i], __shfl_xor_sync(0xFFFFFFFF, top[i], 4));
-    top[i] = fmaxf(top[i], __shfl_xor_sync(0xFFFFFFFF, top[i], 8));
-    top[i] = fmaxf(top[i], __shfl_xor_sync(0xFFFFFFFF, top[i], 16));
-    if (thread % 32 < 4) reinterpret_cast<float*>(&shared.top[consumer][column_row(i)])[thread / 32] = top[i];
+    for (int i = 0; i < S::COLUMNS; ++i) sum[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < S::ROWS / 2; ++i) {
+      p[i] = ex2(s[i]);
+      sum[column_of(i)] += p[i];
+    }
+    // Matrix m of a stmatrix is tokens (m & 1) * 8.. of the warp's 16 and query rows 8 * (m >> 1)..
+    const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
+    const int chunk = 2 * warp + (lane / 8 & 1);  // of 16 bytes: 8 tokens
+#pragma unroll
+    for (int pair = 0; pair < S::ROWS / 16; ++pair) {
+      const int row = pair * 16 + lane / 16 * 8 + lane % 8;
+      const float* values = p + 8 * pair;
+      stmatrix_x4_trans(shared_address(shared.p[consumer]) + row * 128 + ((chunk ^ (row & 7)) << 4),
+                        pack<S::IS_BF16>(values[0], values[1]), pack<S::IS_BF16>(values[2], values[3]),
+                        pack<S::IS_BF16>(values[4], values[5]), pack<S::IS_BF16>(values[6], values[7]));
+    }
   }
-  bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    const float4 all = shared.top[consumer][column_row(i)];
-    top[i] = fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w));
-  }
-}
-
-// P of the scores, which count from the references: to shared memory, rounded; returns sums over the thread's tokens.
-template <class S>
-__device__ __forceinline__ void store_p(Shared<S>& shared, int consumer, const float (&s)[S::ROWS / 2],
-                                        float (&sum)[S::COLUMNS]) {
-  float p[S::ROWS / 2];
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) sum[i] = 0.f;
-#pragma unroll
-  for (int i = 0; i < S::ROWS / 2; ++i) {
-    p[i] = ex2(s[i]);
-    sum[column_of(i)] += p[i];
-  }
-  // Matrix m of a stmatrix is tokens (m & 1) * 8.. of the warp's 16 and query rows 8 * (m >> 1)..
-  const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
-  const int chunk = 2 * warp + (lane / 8 & 1);  // of 16 bytes: 8 tokens
-#pragma unroll
-  for (int pair = 0; pair < S::ROWS / 16; ++pair) {
-    const int row = pair * 16 + lane / 16 * 8 + lane % 8;
-    const float* values = p + 8 * pair;
-    stmatrix_x4_trans(shared_address(shared.p[consumer]) + row * 128 + ((chunk ^ (row & 7)) << 4),
-                      pack<S::IS_BF16>(values[0], values[1]), pack<S::IS_BF16>(values[2], values[3]),
-                      pack<S::IS_BF16>(values[4], values[5]), pack<S::IS_BF16>(values[6], values[7]));
-  }
-}
+};
 
 // Rows of V past the length are multiplied by P = 0, but 0 * NaN is NaN: overwrite them with zeros.
 template <class S>
@@ -287,20 +203,11 @@ __device__ __forceinline__ void clear_rows(Shared<S>& shared, int consumer, Posi
   }
 }
 
-// What a consumer has of an item.
-template <class S>
-struct Result {
-  float o[V_TILES][S::ROWS / 2];  // O^T: tile t, row 16 * warp + 8 * half + lane / 4 of its 64 columns
-  float reference[S::COLUMNS];    // of the maxima, log2
-  float sum[S::COLUMNS];          // over this thread's tokens
-};
-
 // One unit: S^T, P^T and O^T.
 template <class S>
 __device__ __forceinline__ void consume(const DecodeParams& params, Shared<S>& shared, const Item& item, int consumer,
                                         int unit, Position<S> position, uint32_t& full_phases, Result<S>& result) {
-  const bool is_first = unit < CONSUMERS;
-  const bool is_last = unit + CONSUMERS >= item.num_units;
+  const bool is_last = unit + S::TURNS >= item.num_units;
   float s[S::ROWS / 2];
 #pragma unroll
   for (int i = 0; i < S::ROWS / 2; ++i) s[i] = 0.f;
@@ -326,72 +233,9 @@ __device__ __forceinline__ void consume(const DecodeParams& params, Shared<S>& s
     if (thread_index() % 32 == 0) mbarrier_arrive(shared.q_empty);
   }
 
-#pragma unroll
-  for (int i = 0; i < S::ROWS / 2; ++i) {
-    s[i] = __fmaf_rn(s[i], params.softmax_scale_log2, -result.reference[column_of(i)]);
-  }
-  const int first_token = (item.first_unit + unit) * BLOCK_N;
-  if (item.length - shared.row[0].hidden - first_token < BLOCK_N) {  // row 0 sees the least
-    const int token = thread_index() % WARPGROUP / 32 * 16 + thread_index() % 32 / 4;
-#pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) {
-      const int visible = item.length - shared.row[column_row(column_of(i))].hidden - first_token;
-      // Not arithmetic: what lies past the length may be NaN.
-      s[i] = token + (i >> 1 & 1) * 8 < visible ? s[i] : -infinity();
-    }
-    if (item.length - first_token < BLOCK_N) clear_rows(shared, consumer, position, item.length - first_token);
-  }
-  float top[S::COLUMNS];
-#pragma unroll
-  for (int i = 0; i < S::ROWS / 2; ++i) {
-    top[column_of(i)] = i & 2 ? fmaxf(top[column_of(i)], s[i]) : s[i];
-  }
-  // Both ways all warps meet before P is written: they have finished the wgmmas that read the P before.
-  if (!is_first) bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
-  if (is_first) {
-    column_maxima(shared, consumer, top);
-#pragma unroll
-    for (int i = 0; i < S::COLUMNS; ++i) {
-      // The maximum itself: P = 1 there, which bf16 holds. A row that sees nothing has none.
-      result.reference[i] = top[i] == -infinity() ? 0.f : top[i];
-    }
-#pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) s[i] -= result.reference[column_of(i)];
-  }
-  float sum[S::COLUMNS];
-  store_p<S>(shared, consumer, s, sum);
-  bool is_above = false;
-  if (!is_first) {
-#pragma unroll
-    for (int i = 0; i < S::COLUMNS; ++i) is_above |= top[i] > RESCALE_ABOVE;
-  }
-  // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
-  // tensor core may read stale bytes: wrong numbers, no error.
-  fence_proxy_async();
-  if (bar_red_or(BARRIER_CONSUMER + consumer, WARPGROUP, is_above)) {
-    column_maxima(shared, consumer, top);
-    float alpha[S::COLUMNS];
-#pragma unroll
-    for (int i = 0; i < S::COLUMNS; ++i) {
-      const float rise = fmaxf(ceilf(top[i]), 0.f);  // a whole number, so that alpha is exact
-      result.reference[i] += rise;
-      alpha[i] = ex2(-rise);
-      result.sum[i] *= alpha[i];
-      top[i] = rise;
-    }
-#pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) s[i] -= top[column_of(i)];
-#pragma unroll
-    for (int tile = 0; tile < V_TILES; ++tile) {
-#pragma unroll
-      for (int i = 0; i < S::ROWS / 2; ++i) result.o[tile][i] *= alpha[column_of(i)];
-    }
-    store_p<S>(shared, consumer, s, sum);
-    fence_proxy_async();
-    bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
-  }
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) result.sum[i] += sum[i];
+  const int stored = item.length - (item.first_unit + unit) * BLOCK_N;
+  if (stored < BLOCK_N) clear_rows<S>(shared, consumer, position, stored);
+  probabilities<S>(params, shared, item, consumer, unit, s, PlainP<S>{shared, consumer}, result);
 
   const uint64_t p = matrix_descriptor(shared_address(shared.p[consumer]), 0, 1024, Swizzle::B128);
   wgmma_fence();
@@ -457,80 +301,6 @@ __device__ __forceinline__ void merge_sums(const DecodeParams& params, Shared<S>
     } else {
       params.partial_sums[sum_index(params, 0, item.partial(params, cta), row.out)] = log_sum;
     }
-  }
-}
-
-// 16 rows of a consumer's half of O, of a whole request, to `out`: turned in shared memory, so that rows are stored.
-template <class S>
-__device__ __forceinline__ void store_whole(const DecodeParams& params, Shared<S>& shared, const Item& item,
-                                            int consumer, int first_row,
-                                            const float (&o)[HALF_TILES][STAGED_ROWS / 2]) {
-  const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
-  auto& staged = shared.exchange[consumer].staged;
-  bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);  // all have taken what the other consumer left there
-#pragma unroll
-  for (int tile = 0; tile < HALF_TILES; ++tile) {
-#pragma unroll
-    for (int i = 0; i < STAGED_ROWS / 2; ++i) {
-      staged[column_row(column_of(i))][tile * TILE_COLUMNS + warp * 16 + (i >> 1 & 1) * 8 + lane / 4] = o[tile][i];
-    }
-  }
-  bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
-  const int64_t first = (int64_t)item.request * params.seqlen_q * params.num_heads;
-#pragma unroll
-  for (int i = 0; i < STAGED_ROWS; i += WARPGROUP / 32) {
-    const Row& row = shared.row[first_row + i + warp];
-    if (row.lse < 0) break;
-    uint16_t* target =
-        static_cast<uint16_t*>(params.out) + (first + row.out) * KV_LORA_RANK + consumer * HALF_COLUMNS + lane * 4;
-#pragma unroll
-    for (int part = 0; part < HALF_COLUMNS / 128; ++part) {
-      const float4 four = *reinterpret_cast<const float4*>(&staged[i + warp][part * 128 + lane * 4]);
-      *reinterpret_cast<uint2*>(target + part * 128) =
-          make_uint2(pack<S::IS_BF16>(four.x, four.y), pack<S::IS_BF16>(four.z, four.w));
-    }
-  }
-}
-
-// The same of a part, to the partial results: a thread has VECTOR columns of a row (FewLayout), a warp 64.
-template <class S>
-__device__ __forceinline__ void store_part(const DecodeParams& params, const Cta& cta, const Item& item, int consumer,
-                                           int first_row, const int (&place)[S::COLUMNS],
-                                           const float (&o)[HALF_TILES][STAGED_ROWS / 2]) {
-  const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
-  const int partial = item.partial(params, cta);
-  const int slots = 2 * params.num_slots, rows = params.seqlen_q * params.num_heads;
-  uint16_t* results = params.o_partial + (int64_t)partial * rows * KV_LORA_RANK + consumer * HALF_COLUMNS + warp * 64 +
-                      lane / 4 * VECTOR;
-  float* scales = params.partial_sums + sum_index(params, 1 + consumer * 4 + warp, partial, 0);
-  float top[STAGED_ROWS / 4];
-#pragma unroll
-  for (int column = 0; column < STAGED_ROWS / 4; ++column) {
-    const int at = column / 2 * 4 + column % 2;  // its accumulators: this one, and for 8 columns of O more, at + 2
-    top[column] = 0.f;
-#pragma unroll
-    for (int tile = 0; tile < HALF_TILES; ++tile) {
-      top[column] = fmaxf(top[column], fmaxf(fabsf(o[tile][at]), fabsf(o[tile][at + 2])));
-    }
-  }
-#pragma unroll
-  for (int distance = 4; distance < 32; distance *= 2) {
-#pragma unroll
-    for (int column = 0; column < STAGED_ROWS / 4; ++column) {
-      top[column] = fmaxf(top[column], __shfl_xor_sync(0xFFFFFFFF, top[column], distance));
-    }
-  }
-#pragma unroll
-  for (int column = 0; column < STAGED_ROWS / 4; ++column) {
-    const int at = column / 2 * 4 + column % 2;
-    const int row = place[first_row / 4 + column];
-    const PartialScale unit = partial_scale(top[column]);
-    const float scale = unit.inverse;
-    const uint4 value = make_uint4(
-        pack<false>(o[0][at] * scale, o[0][at + 2] * scale), pack<false>(o[1][at] * scale, o[1][at + 2] * scale),
-        pack<false>(o[2][at] * scale, o[2][at + 2] * scale), pack<false>(o[3][at] * scale, o[3][at + 2] * scale));
-    if (row >= 0) *reinterpret_cast<uint4*>(results + (int64_t)row * KV_LORA_RANK) = value;
-    if (row >= 0 && lane < 4) scales[(int64_t)row * slots] = unit.unit;
   }
 }
 
@@ -649,28 +419,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
   static_assert(sizeof(Shared<S>) <= SHARED_LIMIT);
   Shared<S>& shared = *reinterpret_cast<Shared<S>*>(dynamic_shared);
   const Cta cta = {(int)blockIdx.x / params.tiles, (int)blockIdx.x % params.tiles, 0};
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < S::STAGES; ++slot) {
-      for (int consumer = 0; consumer < CONSUMERS; ++consumer) mbarrier_init(shared.full[consumer][slot], 1);
-      mbarrier_init(shared.empty[slot], WARPGROUP / 32);  // warps of the unit's consumer
-    }
-    mbarrier_init(shared.q_full, 1);
-    mbarrier_init(shared.q_empty, CONSUMERS * WARPGROUP / 32);
-    fence_mbarrier_init();
-  }
-  if (threadIdx.x < S::ROWS) {
-    const int row = threadIdx.x, query = row / params.group;
-    const int head = cta.kv_head * params.group + row % params.group;
-    const bool is_row = row < params.seqlen_q * params.group;
-    shared.row[row] = {row_index(params, cta, row), is_row ? head * params.seqlen_q + query : -1,
-                       params.is_causal && is_row ? params.seqlen_q - 1 - query : 0};
-  }
-  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
-  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
-  __syncthreads();
-  if (threadIdx.x / 32 == NUM_THREADS / 32 - 1) prefetch_chain(params, cta);  // a warp with nothing else to do
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
+  begin_cta<S>(params, shared, cta);
 
   // Uniform to the compiler too, or it serialises the wgmmas.
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);

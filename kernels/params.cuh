@@ -49,6 +49,17 @@ struct DecodeParams {
   int is_causal;
 };
 
+// Of FP8 rows (src/flash_mla/codec.py), which TMA moves as elements of 2 bytes.
+struct Fp8DecodeParams {
+  DecodeParams decode;       // q_map: rotated keys, {64, block_size, 1, h_kv, num_blocks}, box {64, box_rows, 1, 1, 1};
+                             // kv_map: latents, {64, block_size, 4, h_kv, num_blocks}, box {64, box_rows, 4 or 1, 1, 1}
+  TensorMap scale_map;       // {8, block_size, 1, h_kv, num_blocks}, box {8, box_rows, 1, 1, 1}, not swizzled
+  const uint16_t* q;         // bf16 [batch, rows, h_kv, d_qk]
+  int64_t q_stride_request;  // elements
+  int64_t q_stride_row;      // elements
+  int64_t q_stride_head;     // elements
+};
+
 struct CombineParams {
   void* out;  // as in DecodeParams
   float* lse;

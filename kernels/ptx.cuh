@@ -87,6 +87,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&value)[4], uint32_t addre
                : "memory");
 }
 
+// The same, each matrix transposed: a lane has rows 2 * (lane % 4) and the next of column lane / 4.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&value)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)

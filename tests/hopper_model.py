@@ -49,7 +49,7 @@ class Map:
 
     def packed(self) -> bytes:
         """128 bytes, as `hopper_on_host.h` reads them."""
-        return struct.pack("=15Q8x", self.address, *self.sizes, *self.strides, *self.box)
+        return struct.pack("=16Q", self.address, *self.sizes, *self.strides, *self.box, self.swizzle)
 
     def rows(self) -> np.ndarray:
         """Its memory as `[outer, heads, rows, d_qk]`; fp16, which numpy has."""
@@ -205,7 +205,11 @@ def do_combine(launch: Launch) -> None:
         sees = total > 0
         o = o.reshape(*weights.shape, rank)[..., np.argsort(order)]
         merged = (weights[..., None] * o).sum(0) / np.where(sees, total, 1)[..., None]
-        view(p["out"], (request + 1, *shape, rank), np.float16)[request] = merged
+        if "_bf16_" in launch.kernel:  # numpy has none
+            bits = torch.from_numpy(merged).to(torch.bfloat16).view(torch.int16).numpy()
+            view(p["out"], (request + 1, *shape, rank), np.int16)[request] = bits
+        else:
+            view(p["out"], (request + 1, *shape, rank), np.float16)[request] = merged
         natural = (top + np.log2(np.where(sees, total, 1))) * math.log(2)
         view(p["lse"], (request + 1, *shape[::-1]), np.float32)[request] = np.where(sees, natural, np.inf).T
 

@@ -246,6 +246,19 @@ inline void ldmatrix_x4(uint32_t (&value)[4], uint32_t address) {
   for (int m = 0; m < 4; ++m) memcpy(&value[m], at(addresses[8 * m + lane / 4][0]) + lane % 4 * 4, 4);
   __syncwarp();
 }
+// Transposed: lane l holds rows 2 * (l % 4) and the next, column l / 4.
+inline void ldmatrix_x4_trans(uint32_t (&value)[4], uint32_t address) {
+  const auto addresses = share(address);
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t elements[2];
+    for (int pair = 0; pair < 2; ++pair) {
+      memcpy(&elements[pair], at(addresses[8 * m + lane % 4 * 2 + pair][0]) + lane / 4 * 2, 2);
+    }
+    memcpy(&value[m], elements, 4);
+  }
+  __syncwarp();
+}
 inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const auto addresses = share(address);
   const int lane = threadIdx.x % 32;
@@ -269,13 +282,13 @@ inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t
 
 // What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
 struct alignas(64) TensorMap {
-  uint64_t address, sizes[5], strides[4], box[5], unused;
+  uint64_t address, sizes[5], strides[4], box[5], swizzle;
 };
 static_assert(sizeof(TensorMap) == 128);
 
 inline void load_box(void* target, const TensorMap& map, uint64_t& barrier, const int (&start)[5]) {
   uint32_t address = shared_address(target);
-  if (address % 128 || map.box[0] != 64) is_stuck = true;
+  if (address % 128 || (map.swizzle == 128 && map.box[0] != 64)) is_stuck = true;
   uint64_t i[5] = {};
   int bytes = 0;
   for (i[4] = 0; i[4] < map.box[4]; ++i[4])
@@ -292,7 +305,7 @@ inline void load_box(void* target, const TensorMap& map, uint64_t& barrier, cons
               from += at * (dim ? map.strides[dim - 1] : 2);
             }
             if (is_inside) element = *reinterpret_cast<const uint16_t*>(from);
-            memcpy(at(swizzle128(address)), &element, 2);
+            memcpy(at(map.swizzle == 128 ? swizzle128(address) : address), &element, 2);
           }
   update(barrier, 0, -bytes);
 }
@@ -354,10 +367,14 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 
-// fp16 alone: of bf16 the kernel differs in the instructions' type.
+// To the nearest bf16, ties to even; NaN stays NaN.
+inline uint16_t to_bf16_bits(float value) {
+  const uint32_t bits = (uint32_t)__float_as_int(value);
+  return value != value ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
 template <bool IS_BF16>
 uint32_t pack(float low, float high) {
-  static_assert(!IS_BF16);
+  if (IS_BF16) return to_bf16_bits(low) | (uint32_t)to_bf16_bits(high) << 16;
   const _Float16 both[2] = {(_Float16)low, (_Float16)high};
   uint32_t result;
   memcpy(&result, both, 4);
@@ -368,6 +385,15 @@ inline float half(const void* address) {
   memcpy(&value, address, 2);
   return value;
 }
+inline float brain(const void* address) {
+  uint16_t bits;
+  memcpy(&bits, address, 2);
+  return __int_as_float(bits << 16);
+}
+template <bool IS_BF16>
+float number(const void* address) {
+  return IS_BF16 ? brain(address) : half(address);
+}
 inline float2 unpack_fp16(uint32_t both) { return {half(&both), half(reinterpret_cast<const uint8_t*>(&both) + 2)}; }
 
 // --- wgmma ----------------------------------------------------------------------------------------------------------
@@ -377,25 +403,26 @@ inline void wgmma_commit_group() {}
 // A wgmma is one operation of a warpgroup, so it is complete when the rows of all four warps are.
 template <int PENDING>
 void wgmma_wait_group() {
-  static_assert(PENDING == 0);
+  // Groups that may be pending are complete too: nobody may rely on that they are not.
   warpgroup_barriers[threadIdx.x / 128].wait(128);
 }
 
 // Element (row, k) of an operand in shared memory, as its descriptor says: K-major, or MN-major where `is_transposed`.
-inline float element(uint64_t descriptor, int row, int k, bool is_transposed) {
+template <bool IS_BF16>
+float element(uint64_t descriptor, int row, int k, bool is_transposed) {
   const uint32_t address = (descriptor & 0x3FFF) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 == 0 && !is_transposed) {  // core matrices of 8 rows x 16 bytes
-    return half(at(address + row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2));
+    return number<IS_BF16>(at(address + row / 8 * stride + k / 8 * leading + row % 8 * 16 + k % 8 * 2));
   }
   if (descriptor >> 62 != 1) return is_stuck = true, 0.f;
   if (is_transposed) {  // 8 rows of 64 elements along the operand's rows
-    return half(at(swizzle128(address + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2)));
+    return number<IS_BF16>(at(swizzle128(address + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2)));
   }
-  return half(at(swizzle128(address + row / 8 * stride + row % 8 * 128 + k * 2)));
+  return number<IS_BF16>(at(swizzle128(address + row / 8 * stride + row % 8 * 128 + k * 2)));
 }
 
-template <int N, class A>
+template <bool IS_BF16, int N, class A>
 void multiply(float* d, const A& a, uint64_t b, bool is_transposed, bool accumulate) {
   ++progress;
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -406,34 +433,45 @@ void multiply(float* d, const A& a, uint64_t b, bool is_transposed, bool accumul
       for (int pair = 0; pair < 2; ++pair) {
         float& sum = d[4 * n8 + 2 * half + pair];
         if (!accumulate) sum = 0.f;
-        for (int k = 0; k < 16; ++k) sum += row[k] * element(b, 8 * n8 + 2 * (lane % 4) + pair, k, is_transposed);
+        for (int k = 0; k < 16; ++k)
+          sum += row[k] * element<IS_BF16>(b, 8 * n8 + 2 * (lane % 4) + pair, k, is_transposed);
       }
     }
   }
 }
 
 // Register r of lane l holds elements k = 8 * (r / 2) + 2 * (l % 4) and the next of row l / 4 + 8 * (r % 2).
-template <bool IS_BF16>
-void wgmma_m64n64k16_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+template <bool IS_BF16, int N>
+void multiply_registers(float* d, const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   const auto shared = share(a[0], a[1], a[2], a[3]);
   const auto from_registers = [&](int row, int k) {
     const uint32_t& pair = shared[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row % 16 / 8];
-    return half(reinterpret_cast<const uint8_t*>(&pair) + k % 2 * 2);
+    return number<IS_BF16>(reinterpret_cast<const uint8_t*>(&pair) + k % 2 * 2);
   };
-  multiply<64>(d, from_registers, b, false, accumulate);
+  multiply<IS_BF16, N>(d, from_registers, b, false, accumulate);
   __syncwarp();
 }
 template <bool IS_BF16>
+void wgmma_m64n64k16_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  multiply_registers<IS_BF16, 64>(d, a, b, accumulate);
+}
+template <int REGISTERS>
+void wgmma_m64k16_narrow_registers(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b) {
+  multiply_registers<true, 2 * REGISTERS>(d, a, b, true);
+}
+template <bool IS_BF16>
 void wgmma_m64n64k16_shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
-  multiply<64>(d, [&](int row, int k) { return element(a, row, k, false); }, b, false, accumulate);
+  multiply<IS_BF16, 64>(d, [&](int row, int k) { return element<IS_BF16>(a, row, k, false); }, b, false, accumulate);
 }
 template <bool IS_BF16, int REGISTERS>
 void wgmma_m64k16_transposed(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {
-  multiply<2 * REGISTERS>(d, [&](int row, int k) { return element(a, row, k, false); }, b, true, accumulate);
+  const auto from_memory = [&](int row, int k) { return element<IS_BF16>(a, row, k, false); };
+  multiply<IS_BF16, 2 * REGISTERS>(d, from_memory, b, true, accumulate);
 }
 template <bool IS_BF16, bool IS_A_TRANSPOSED, int REGISTERS>
 void wgmma_m64k16_narrow(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
-  multiply<2 * REGISTERS>(d, [&](int row, int k) { return element(a, row, k, IS_A_TRANSPOSED); }, b, false, true);
+  const auto from_memory = [&](int row, int k) { return element<IS_BF16>(a, row, k, IS_A_TRANSPOSED); };
+  multiply<IS_BF16, 2 * REGISTERS>(d, from_memory, b, false, true);
 }
 
 // --- launch ---------------------------------------------------------------------------------------------------------

@@ -751,7 +751,8 @@ def test_constants_are_those_of_the_device_code() -> None:
         return dict(re.findall(r"^constexpr int (\w+) = ([^;]+);", text, re.MULTILINE))
 
     decode_constants = constants("item.cuh", "dense_decode.cu")
-    few_constants, combine_constants = constants("item.cuh", "dense_decode_few.cu"), constants("combine.cu")
+    few_constants = constants("item.cuh", "few_rows.cuh", "dense_decode_few.cu")
+    combine_constants = constants("combine.cu")
     assert int(decode_constants["BLOCK_M"]) == host.ROW_TILE
     for these in (decode_constants, few_constants):
         assert int(these["BLOCK_N"]) == host.PLAN_BLOCK

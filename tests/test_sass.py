@@ -16,6 +16,7 @@ BUILT_AROUND: dict[str, set[str]] = {
     "combine": {"LDG", "STG"},
     "dense_decode": {"HGMMA", "UTMALDG"},
     "dense_decode_few": {"HGMMA", "UTMALDG"},
+    "dense_decode_few_fp8": {"HGMMA", "UTMALDG", "LDSM"},
     "plan": {"LDG", "STG"},
     "slots": {"LDG", "STG"},
 }
@@ -82,6 +83,27 @@ def test_decode_of_few_rows_issues_the_matrix_instructions_of_its_arithmetic_and
     assert found == 4
 
 
+def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Each consumer: 8 steps of S for each of its two groups of 128 columns and two of the rotated ones; four of O for
+    every 64 of its 256. Codes are read once for S and once, transposed, for O, two steps at a time."""
+    found = 0
+    for file, kernel, instructions in shipped():
+        if file != "dense_decode_few_fp8":
+            continue
+        rows = int(kernel.split("_")[-4].removeprefix("few"))
+        count = Counter(instructions)
+        assert {name: n for name, n in count.items() if name.startswith("HGMMA")} == {
+            f"HGMMA.64x{rows}x16.F32.BF16": 2 * 8 + 2 + 4 * 4
+        }, kernel
+        loads = {name: n for name, n in count.items() if name.startswith("LDSM")}
+        assert loads == {"LDSM.16.M88.4": 2 * 4, "LDSM.16.MT88.4": 4 * 2}, kernel
+        stores = {name: n for name, n in count.items() if name.startswith("STSM")}
+        assert stores == {"STSM.16.MT88.4": 2 * 2 * rows // 16}, kernel
+        assert_roles(kernel, instructions, takers=1, givers=1)
+        found += 1
+    assert found == 2
+
+
 def assert_roles(kernel: str, instructions: list[str], takers: int, givers: int) -> None:
     """Registers change hands, and nothing is read before the launches ahead have ended."""
     count = Counter(instructions)
@@ -105,6 +127,8 @@ def test_merges_wait_for_decode_before_they_read_its_results() -> None:
 def test_append_moves_units_as_wide_as_its_name_says(append_cubin: Path) -> None:
     modifier = {2: ".U16", 4: "", 8: ".64", 16: ".128"}
     for kernel, instructions in sass(append_cubin).items():
+        if "fp8" in kernel:
+            continue
         width = modifier[int(kernel.removeprefix("append_rows_"))]
         assert f"STG.E{width}" in instructions
         assert {i for i in instructions if i.startswith("STG")} == {f"STG.E{width}"}
@@ -119,3 +143,17 @@ def test_append_loads_before_it_knows_the_slot(append_cubin: Path) -> None:
         assert placed < division, kernel
         loads = [name for name in instructions[placed:division] if name.startswith("LDG")]
         assert len(loads) >= 2, kernel
+
+
+def test_append_encodes_in_hardware_and_stores_16_codes_at_once(append_cubin: Path) -> None:
+    """Per pass over a row, of which there are two: eight conversions of two columns, as many units of 16 bytes as a
+    column has bytes; and no division per column, whose check is FCHK. Queries are one unit more."""
+    found = {kernel: instructions for kernel, instructions in sass(append_cubin).items() if "fp8" in kernel}
+    assert set(found) == {"append_fp8_bf16", "append_fp8_fp16", "append_fp8_fp32"}
+    for kernel, instructions in found.items():
+        count = Counter(instructions)
+        encoded = [name for name in instructions if name.startswith("F2FP.SATFINITE.E4M3")]
+        assert len(encoded) == 2 * 8, kernel
+        assert count["STG.E.128"] == 2 + 1, kernel
+        assert count["LDG.E.128"] == 2 * (4 if kernel.endswith("fp32") else 2) + 1, kernel
+        assert count["FCHK"] <= 2, kernel

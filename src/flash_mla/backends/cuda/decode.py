@@ -11,12 +11,14 @@ import functools
 import math
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ...codec import row_layout
 from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, fixed_slots
 from . import driver
-from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, TENSOR_MAP_BYTES
+from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, FP8_DECODE, TENSOR_MAP_BYTES
 
 __all__ = ["decode", "decode_refusals", "num_slots", "runs_on", "workspace_bytes"]
 
@@ -34,6 +36,11 @@ SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 FEW_ROWS = {16: 230400, 32: 229376}
 FEW_SHAPES = ((512, 64),)
 FEW_BOX_TILES = 3  # a box is a third of a unit
+# kernels/dense_decode_few_fp8.cu: query rows of its kernels -> sizeof(Shared). Switched on once it has been measured on
+# a Hopper GPU.
+FP8_IS_ON = False
+FP8_ROWS = {16: 223232, 32: 215040}
+FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
 TILE_SCALES, FEW_SCALES = 2, 8  # TileLayout::SCALES and FewLayout::SCALES of kernels/partial.cuh
 LOG2_E = math.log2(math.e)
 # How rows are merged, by their number: a CTA of 256 threads per row and 64 columns, 128, or all; beyond that a warp per
@@ -47,7 +54,7 @@ class _PerThread(threading.local):
     """Buffers that the driver copies from during a launch."""
 
     def __init__(self) -> None:
-        self.decode = ctypes.create_string_buffer(DECODE.size)
+        self.decode = ctypes.create_string_buffer(FP8_DECODE.size)  # which begins with DECODE
         self.combine = ctypes.create_string_buffer(COMBINE.size)
         self.decode_bytes = memoryview(self.decode).cast("B")
         self.combine_bytes = memoryview(self.combine).cast("B")
@@ -80,7 +87,7 @@ def decode_refusals(call: DecodeCall) -> list[str]:
         return [reason]
     reasons = []
     if call.fp8:
-        reasons.append("reads rows of bfloat16 and float16, got FP8 rows")
+        reasons += _fp8_refusals(call)
     if call.sparse:
         reasons.append("has no kernel for sparse attention")
     if call.capability != CAPABILITY:
@@ -98,14 +105,29 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     # What TMA can walk: 16-byte steps. The stride of a dimension of one element is never walked.
     extents = (call.num_blocks, call.block_size, call.h_kv)
     steps = [stride for stride, extent in zip(call.kv_cache_strides, extents, strict=False) if extent > 1]
-    if any(stride % 8 or stride == 0 for stride in steps):
-        reasons.append(f"needs strides of kv_cache that are not 0 and that 8 divides, got {call.kv_cache_strides}")
+    step = 16 if call.fp8 else 8  # FP8 rows: in bytes
+    if any(stride % step or stride == 0 for stride in steps):
+        reasons.append(f"needs strides of kv_cache that are not 0 and that {step} divides, got {call.kv_cache_strides}")
     if call.kv_cache_misalignment:
         reasons.append(
             f"needs kv_cache to begin at a multiple of 16 bytes, it is {call.kv_cache_misalignment} past one"
         )
     if call.rows * call.h_kv * max(1, call.batch) >= 2**31:
         reasons.append(f"takes fewer than 2**31 query rows, got {call.batch} x {call.rows} x {call.h_kv}")
+    return reasons
+
+
+def _fp8_refusals(call: DecodeCall) -> list[str]:
+    if not FP8_IS_ON:
+        return ["reads rows of bfloat16 and float16, got FP8 rows"]
+    reasons = []
+    if call.dtype != "bfloat16":
+        reasons.append(f"takes bfloat16 queries of FP8 rows, got {call.dtype}")
+    if (call.kv_lora_rank, call.qk_rope_head_dim) not in FEW_SHAPES or call.rows > max(FP8_ROWS):
+        reasons.append(
+            f"takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)} for up to {max(FP8_ROWS)} query "
+            f"rows per latent head, got ({call.kv_lora_rank}, {call.qk_rope_head_dim}) and {call.rows}"
+        )
     return reasons
 
 
@@ -177,6 +199,8 @@ class _Form:
 def _form(call: DecodeCall) -> _Form:
     """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    if call.fp8:
+        return _fp8_form_of(next(rows for rows in FP8_ROWS if call.rows <= rows), *shape)
     rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
     return _form_of(rows, call.dtype, *shape)
 
@@ -191,6 +215,40 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
     name = f"flash_fwd_splitkv_mla_kernel_{suffix}"
     tiles = -(-(kv_lora_rank + qk_rope_head_dim) // TILE_COLUMNS)
     return _Form("dense_decode", name, SHARED_BYTES[kv_lora_rank], ROW_TILE, tiles, TILE_SCALES, merge)
+
+
+@functools.cache
+def _fp8_form_of(rows: int, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+    name = f"flash_fwd_splitkv_mla_fp8_kernel_few{rows}_bf16_{kv_lora_rank}_{qk_rope_head_dim}"
+    merge = f"few_bf16_{kv_lora_rank}"
+    return _Form("dense_decode_few_fp8", name, FP8_ROWS[rows], rows, FP8_BOX_TILES, FEW_SCALES, merge)
+
+
+def _fp8_maps(call: DecodeCall, kv_cache: torch.Tensor, box_rows: int) -> tuple[bytes, bytes, bytes]:
+    """The maps of the parts of FP8 rows, as elements of 2 bytes: rotated keys, latents, scales."""
+    num_blocks, block_size, h_kv, row_bytes = kv_cache.shape
+    strides = [kv_cache.stride(dim) if kv_cache.shape[dim] > 1 else row_bytes for dim in (1, 2, 0)]
+    layout = row_layout(call.kv_lora_rank, call.qk_rope_head_dim)
+
+    def part(offset: int, columns: int, tiles: int, box_tiles: int, swizzle: int) -> bytes:
+        return driver.tensor_map(
+            kv_cache.data_ptr() + offset,
+            "bfloat16",
+            (columns, block_size, tiles, h_kv, num_blocks),
+            (strides[0], 2 * TILE_COLUMNS, *strides[1:]),
+            (columns, box_rows, box_tiles, 1, 1),
+            swizzle,
+            128,
+            call.device_index,
+        )
+
+    # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
+    box_tiles = FP8_BOX_TILES if box_rows == PLAN_BLOCK else 1
+    return (
+        part(layout.k_rope, call.qk_rope_head_dim, 1, 1, 128),
+        part(0, TILE_COLUMNS, FP8_BOX_TILES, box_tiles, 128),
+        part(layout.scales, (layout.k_rope - layout.scales) // 2, 1, 1, 0),
+    )
 
 
 def _tensor_map(call: DecodeCall, tensor: torch.Tensor, box_rows: int, box_tiles: int) -> bytes:
@@ -266,7 +324,7 @@ def decode(
     kernel = driver.function(device_index, form.file, form.name, form.shared_bytes)
     for piece in prepared.pieces:
         at_items = first_item + piece.items_offset
-        thread.decode_bytes[:] = piece.decode
+        thread.decode_bytes[: len(piece.decode)] = piece.decode
         addresses = (*pointers, at_items, first_split, block_table.data_ptr(), cache_seqlens.data_ptr())
         DECODE_ADDRESSES.pack_into(thread.decode, 2 * TENSOR_MAP_BYTES, *addresses)
         driver.launch(
@@ -311,9 +369,14 @@ def _prepare(
     row_tiles, tiles = _tiles(call)
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
     form = _form(call)
-    q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
-    # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
-    kv_map = _tensor_map(call, kv_cache, box_rows, form.kv_tiles if box_rows == PLAN_BLOCK else 1)
+    fp8: tuple[Any, ...] = ()  # what its struct has besides
+    if call.fp8:
+        q_map, kv_map, scale_map = _fp8_maps(call, kv_cache, box_rows)
+        fp8 = (scale_map, rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
+    else:
+        q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
+        # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
+        kv_map = _tensor_map(call, kv_cache, box_rows, form.kv_tiles if box_rows == PLAN_BLOCK else 1)
     # With one slot nothing can be cut.
     may_cut = slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
@@ -339,6 +402,8 @@ def _prepare(
             box_rows,
             call.causal and call.seqlen_q > 1,
         )
+        if fp8:
+            decode = FP8_DECODE.pack(decode, *fp8)
         launch = (decode, (piece_slots * tiles, 1, 1), first_slot * 16)
         merge = _merge(call, form, num_requests, piece_slots, (first_request, first_slot)) if may_cut else ()
         made.append(_Piece(*launch, *merge))

@@ -11,6 +11,8 @@ __all__ = [
     "DECODE",
     "DECODE_ADDRESSES",
     "DECODE_FIELDS",
+    "FP8_DECODE",
+    "FP8_DECODE_FIELDS",
     "TENSOR_MAP_BYTES",
 ]
 
@@ -60,6 +62,11 @@ COMBINE_FIELDS = (
 _fields = "".join(code for _, code in DECODE_FIELDS)
 _used = struct.calcsize(f"={2 * TENSOR_MAP_BYTES}s{_fields}")
 DECODE = struct.Struct(f"={TENSOR_MAP_BYTES}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
+# Fp8DecodeParams: DecodeParams, the map of the scales, and these.
+FP8_DECODE_FIELDS = (("q", "Q"), ("q_stride_request", "q"), ("q_stride_row", "q"), ("q_stride_head", "q"))
+_fields = "".join(code for _, code in FP8_DECODE_FIELDS)
+_used = struct.calcsize(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}")
+FP8_DECODE = struct.Struct(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
 _fields = "".join(code for _, code in COMBINE_FIELDS)
 COMBINE = struct.Struct(f"={_fields}{-struct.calcsize(f'={_fields}') % 8}x")
 # The addresses alone, which differ from call to call: behind the tensor maps, and at the beginning.

@@ -1,0 +1,235 @@
+"""The decode kernel of FP8 rows, compiled for the host against the emulation of `hopper_on_host.h`: fragments of codes,
+the order of their columns, scales, boxes and barriers are the kernel's own."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, Problem, make
+from device_code import assert_mirrors
+from fake_cuda import FakeDriver, Launch
+from numerics import assert_right
+from test_cuda_decode import (  # noqa: F401
+    Plan,
+    Recorded,
+    cubins,
+    decode,
+    host,
+    on_hopper,
+    plan_of,
+    recorded,
+)
+from test_dense_decode_on_host import compiled, replaced
+
+from flash_mla import _build
+from flash_mla.backends.cuda.params import DECODE, FP8_DECODE, FP8_DECODE_FIELDS, TENSOR_MAP_BYTES
+
+SOURCE = _build.KERNELS / "dense_decode_few_fp8.cu"
+KERNEL = "flash_fwd_splitkv_mla_fp8_kernel_"
+SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
+
+
+def instantiations() -> dict[str, tuple[str, ...]]:
+    found = re.findall(r"^DECODE_KERNEL\((\w+), ([^)]*)\)$", SOURCE.read_text(), re.MULTILINE)
+    return {name: tuple(arguments.split(", ")) for name, arguments in found}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    text = SOURCE.read_text().partition("#define DECODE_KERNEL")[0]
+    text = replaced(text, "extern __shared__ __align__(1024) uint8_t dynamic_shared[];", "")
+    text = replaced(text, 'asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));', "base = SHARED_BASE;")
+    runs = "".join(
+        f'  if (!strcmp(kernel, "{KERNEL}{name}"))\n'
+        f"    return launch_on_host(decode<Shape<{', '.join(arguments)}>>, aligned, {{blocks, 1, 1}}, 384);\n"
+        for name, arguments in instantiations().items()
+    )
+    text += (
+        f'\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers) {{\n'
+        f"  Fp8DecodeParams aligned;\n  memcpy(&aligned, params, sizeof aligned);\n  loads_are_late = late;\n"
+        f"  are_fibers = on_fibers;\n{runs}  return 0;\n}}\n"
+    )
+    folder = tmp_path_factory.mktemp("fp8")
+    # few_rows.cuh fetches parameters ahead by an empty instruction, which says nothing to a host.
+    return compiled("dense_decode_few_fp8", text, folder)
+
+
+class OnHost:
+    """A recorder that runs the kernel's own source."""
+
+    def __init__(self, recorded: Recorded, library: ctypes.CDLL) -> None:  # noqa: F811
+        self.recorded = recorded
+        self.library = library
+        self.loads_are_late = False
+        self.are_fibers = True
+        recorded.run_decode = self.run
+
+    def run(self, launch: Launch) -> None:
+        assert len(launch.params) == FP8_DECODE.size
+        name = launch.kernel.encode()
+        ended = self.library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers)
+        assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
+
+
+@pytest.fixture
+def on_host(
+    recorded: Recorded,  # noqa: F811
+    library: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> OnHost:
+    monkeypatch.setattr(host, "FP8_IS_ON", True)
+    return OnHost(recorded, library)
+
+
+def fp8(case: Case) -> Problem:
+    return make(case, torch.bfloat16, device="cpu")
+
+
+def whole(problem: Problem) -> Plan:
+    """Every request whole, in one slot."""
+    return plan_of(problem, 1)
+
+
+CASES = (
+    Case("one head, 15 rows of nothing", (130,), num_heads=1, **SHAPE),
+    Case("32 rows", (65, 129, 0, 64), num_heads=32, **SHAPE),
+    Case("20 rows: the last ones of the second 16 are nothing", (200,), num_heads=20, **SHAPE),
+    Case("causal, 32 rows, whole units that some queries do not see", (129, 67, 130), num_heads=8, seqlen_q=4, **SHAPE),
+    Case("large scores, 32 rows", (400,), num_heads=32, q_factor=6.0, **SHAPE),
+    Case("32 rows, pages of 48", (49, 100), num_heads=20, block_size=48, **SHAPE),
+    Case("16 rows, one consumer has all, one token, none", (64, 1, 0), num_heads=16, **SHAPE),
+    Case("the tail is the other consumer's", (65, 129), num_heads=16, **SHAPE),
+    Case("5 rows", (200, 17), num_heads=5, **SHAPE),
+    Case("15 rows, not causal, 5 queries", (66, 3), num_heads=3, seqlen_q=5, causal=False, **SHAPE),
+    Case("causal, the second unit is one token that one query sees", (65, 66), num_heads=8, seqlen_q=2, **SHAPE),
+    Case("causal, whole units that some queries do not see", (129, 67, 130), num_heads=4, seqlen_q=4, **SHAPE),
+    Case("more queries than tokens", (2, 0, 3), num_heads=4, seqlen_q=4, **SHAPE),
+    Case("two latent heads, two queries", (70, 3), num_heads=16, h_kv=2, seqlen_q=2, **SHAPE),
+    Case("pages of 16", (70, 3), num_heads=16, block_size=16, **SHAPE),
+    Case("pages of 48: boxes of 16 rows", (49, 100), block_size=48, **SHAPE),
+    Case("pages of 128: a unit begins inside one", (129,), num_heads=16, block_size=128, **SHAPE),
+    Case("large scores: both consumers rescale", (700,), num_heads=16, q_factor=6.0, **SHAPE),
+    Case("a negative scale", (90,), num_heads=16, softmax_scale=-0.2, **SHAPE),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.why for case in CASES])
+def test_result(case: Case, on_host: OnHost) -> None:
+    """Whole, and with every request in parts: each writes other memory. Bytes past the lengths are NaN of all kinds."""
+    problem = fp8(case)
+    assert_right(problem, *decode(problem, whole(problem)))
+    longer = dataclasses.replace(problem, cache_seqlens=problem.cache_seqlens * 100 + 1000)
+    plan = plan_of(longer, 4)
+    assert int(plan[1][:, 1].max()) > 1
+    assert_right(problem, *decode(problem, plan))
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_heads", [2, 20], ids=["16 rows", "32 rows"])
+def test_items_back_to_back(num_heads: int, num_slots: int, on_host: OnHost) -> None:
+    """Ring slots go from request to request, over empty ones; whole requests and parts follow one another."""
+    problem = fp8(Case("items", (65, 0, 1, 200, 0, 0, 64, 128, 3, 1800), num_heads=num_heads, **SHAPE))
+    plan = plan_of(problem, num_slots)
+    assert num_slots == 1 or int(plan[1][:, 1].max()) > 1
+    assert_right(problem, *decode(problem, plan))
+
+
+def test_a_ring_many_times_around(on_host: OnHost) -> None:
+    """2,200 tokens are 35 units: pages are looked up for 32 at a time."""
+    problem = fp8(Case("ring", (64, 65, 0, 2200, 1), num_heads=1, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+@pytest.mark.parametrize(("num_heads", "block_size"), [(5, 64), (5, 32), (32, 64)])
+def test_loads_may_come_in_any_order(num_heads: int, block_size: int, on_host: OnHost) -> None:
+    on_host.loads_are_late = True
+    problem = fp8(Case("late", (577, 1, 130), num_heads=num_heads, block_size=block_size, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+@pytest.mark.parametrize("num_heads", [16, 32])
+def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
+    """A thread of the host for each of the kernel's, which run as they come."""
+    on_host.are_fibers = False
+    problem = fp8(Case("threads", (200, 1, 130), num_heads=num_heads, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+def test_every_code_and_scales_far_apart(on_host: OnHost) -> None:
+    """All numbers of e4m3, subnormal ones among them, under scales of 2^-40 to 2^20: exact in bf16, scaled in fp32."""
+    problem = fp8(Case("codes", (128,), num_heads=4, softmax_scale=2.0**-24, **SHAPE))
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    generator = torch.Generator().manual_seed(3)
+    for page in problem.block_table[0, :2].tolist():
+        rows = problem.kv_cache[page]
+        rows[..., :512] = codes[torch.randint(len(codes), (64, 1, 512), generator=generator)]
+        exponents = torch.randint(-40, 21, (64, 1, 4), generator=generator)
+        rows[..., 512:528] = (torch.rand(64, 1, 4, generator=generator) + 1).ldexp(exponents).view(torch.uint8)
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+def test_what_is_not_finite_comes_out(on_host: OnHost) -> None:
+    """A scale that is NaN, which a writer gives to columns that are not finite, makes its request NaN and no other."""
+    problem = fp8(Case("NaN", (70, 70), num_heads=4, **SHAPE))
+    page = int(problem.block_table[0, 1])
+    problem.kv_cache[page, 2, 0, 516:520] = torch.tensor([float("nan")]).view(torch.uint8)
+    out, lse = decode(problem, whole(problem))
+    assert bool(out[0].isnan().all() and lse[0].isnan().all())
+    assert bool(out[1].isfinite().all() and lse[1].isfinite().all())
+
+
+def test_shared_memory_is_that_of_the_device_code(tmp_path: Path) -> None:
+    for header in _build.KERNELS.glob("*.cuh"):
+        shutil.copy(header, tmp_path)
+    text = SOURCE.read_text().partition("#define DECODE_KERNEL")[0]
+    assert {int(arguments[0]) for arguments in instantiations().values()} == set(host.FP8_ROWS)
+    for name, arguments in instantiations().items():
+        rows = int(arguments[0])
+        assert name == f"few{rows}_bf16_512_64"
+        text += f"static_assert(sizeof(Shared<Shape<{', '.join(arguments)}>>) == {host.FP8_ROWS[rows]});\n"
+    (tmp_path / "probe.cu").write_text(text + 'extern "C" __global__ void probe() {}')
+    _build.build(["probe"], kernels=tmp_path, out=tmp_path / "out", lax=True)
+
+
+def test_the_struct_is_that_of_the_device_code(tmp_path: Path) -> None:
+    offsets = {"decode": 0, "scale_map": DECODE.size}
+    start = DECODE.size + TENSOR_MAP_BYTES
+    for name, _ in FP8_DECODE_FIELDS:  # all of 8 bytes
+        offsets[name] = start
+        start += 8
+    assert_mirrors(tmp_path, "params.cuh", "Fp8DecodeParams", offsets, FP8_DECODE.size)
+
+
+TOO_MANY_ROWS = (
+    "takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in [(512, 64)] for up to 32 query rows per latent head, "
+    "got (512, 64) and 33"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({}, []),
+        ({"dtype": "float16"}, ["takes bfloat16 queries of FP8 rows, got float16"]),
+        ({"num_heads": 33}, [TOO_MANY_ROWS]),
+        ({"kv_cache_strides": (41992, 656, 656, 1)},
+         ["needs strides of kv_cache that are not 0 and that 16 divides, got (41992, 656, 656, 1)"]),
+    ],
+)  # fmt: skip
+def test_refusals(changes: dict[str, object], reasons: list[str], on_host: OnHost) -> None:
+    call = on_hopper(fp8(Case("refused", (70,), num_heads=4, **SHAPE)))
+    assert host.decode_refusals(dataclasses.replace(call, **changes)) == reasons
+
+
+def test_off_until_measured(fake_driver: Callable[..., FakeDriver]) -> None:
+    fake_driver()
+    call = on_hopper(fp8(Case("refused", (70,), num_heads=4, **SHAPE)))
+    assert host.decode_refusals(call) == ["reads rows of bfloat16 and float16, got FP8 rows"]

@@ -1,0 +1,158 @@
+"""FP8 rows on a GPU: written and read by the compiled kernels, which are switched on here whether or not they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import ON_HOPPER, Case, Problem, make
+from numerics import assert_right, reference
+from test_codec import difficult_latents
+
+import flash_mla
+from flash_mla import ops
+from flash_mla.codec import encode_rows, row_layout
+
+if not ON_HOPPER:
+    pytest.skip("needs Hopper: the compiled kernels are for nothing else", allow_module_level=True)
+
+decode_host = importlib.import_module("flash_mla.backends.cuda.decode")
+append_host = importlib.import_module("flash_mla.backends.cuda.append")
+SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
+
+
+@pytest.fixture(autouse=True)
+def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decode_host, "FP8_IS_ON", True)
+    monkeypatch.setattr(append_host, "FP8_IS_ON", True)
+    ops._choose.cache_clear()  # refusals are remembered
+    yield
+    ops._choose.cache_clear()
+
+
+CASES = (
+    Case("one head", (130,), num_heads=1, **SHAPE),
+    Case("ragged, 16 rows", (64, 1, 0, 65, 700, 5000, 2560), num_heads=16, **SHAPE),
+    Case("ragged, 32 rows", (64, 1, 0, 65, 700, 5000, 2560), num_heads=32, **SHAPE),
+    Case("20 rows", (200, 129), num_heads=20, **SHAPE),
+    Case("causal, 32 rows", (129, 67, 130, 4000), num_heads=8, seqlen_q=4, **SHAPE),
+    Case("more queries than tokens", (2, 0, 3), num_heads=4, seqlen_q=4, **SHAPE),
+    Case("two latent heads, two queries", (70, 3, 900), num_heads=16, h_kv=2, seqlen_q=2, **SHAPE),
+    Case("pages of 16", (70, 3, 1000), num_heads=16, block_size=16, **SHAPE),
+    Case("pages of 48: boxes of 16 rows", (49, 100, 1000), num_heads=32, block_size=48, **SHAPE),
+    Case("pages of 128", (129, 3000), num_heads=16, block_size=128, **SHAPE),
+    Case("large scores, 16 rows", (7000,), num_heads=16, q_factor=6.0, **SHAPE),
+    Case("large scores, 32 rows", (4000, 70), num_heads=32, q_factor=6.0, **SHAPE),
+    Case("a negative scale", (90, 2000), num_heads=16, softmax_scale=-0.2, **SHAPE),
+    Case("many requests", tuple(37 * request % 3000 for request in range(400)), num_heads=16, **SHAPE),
+)
+
+
+def run(problem: Problem, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash_mla.decode(*problem.arguments(), **{**problem.options(), **options}, backend="cuda")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=[case.why for case in CASES])
+def test_decode(case: Case, seed: int) -> None:
+    problem = make(case, torch.bfloat16, seed=seed)
+    assert_right(problem, *run(problem))
+
+
+@pytest.mark.parametrize("num_heads", [16, 32])
+@pytest.mark.parametrize("num_slots", [1, 3, 66, 132])
+def test_any_number_of_slots(num_slots: int, num_heads: int) -> None:
+    problem = make(Case("slots", (0, 1, 64, 65, 700, 5000, 2560, 0), num_heads=num_heads, **SHAPE), torch.bfloat16)
+    items, splits = ops.BACKENDS["cuda"].plan(problem.cache_seqlens, num_slots)
+    plan = flash_mla.SplitPlan(items, splits, 8, 1, num_heads, 1)
+    assert_right(problem, *run(problem, plan=plan))
+
+
+@pytest.mark.parametrize("num_heads", [16, 32])
+def test_the_same_bits_every_time(num_heads: int) -> None:
+    """A race would show as other bits, now and then."""
+    problem = make(Case("again", (3000, 70, 900, 64), num_heads=num_heads, **SHAPE), torch.bfloat16)
+    first = run(problem)
+    for _ in range(200):
+        again = run(problem)
+        assert torch.equal(again[0].view(torch.int16), first[0].view(torch.int16))
+        assert torch.equal(again[1].view(torch.int32), first[1].view(torch.int32))
+
+
+def test_every_code_and_scales_far_apart() -> None:
+    """All numbers of e4m3, subnormal ones among them: bf16's tensor cores must keep what is subnormal there too."""
+    problem = make(Case("codes", (128,), num_heads=4, softmax_scale=2.0**-24, **SHAPE), torch.bfloat16)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    generator = torch.Generator().manual_seed(3)
+    for page in problem.block_table[0, :2].tolist():
+        rows = problem.kv_cache[page]
+        rows[..., :512] = codes[torch.randint(len(codes), (64, 1, 512), generator=generator)].to(rows.device)
+        exponents = torch.randint(-40, 21, (64, 1, 4), generator=generator)
+        scales = (torch.rand(64, 1, 4, generator=generator) + 1).ldexp(exponents)
+        rows[..., 512:528] = scales.view(torch.uint8).to(rows.device)
+    assert_right(problem, *run(problem))
+
+
+def test_subnormal_codes_alone() -> None:
+    """A latent of nothing but 2^-9, the smallest code, under a scale of 2^9: all ones."""
+    problem = make(Case("subnormal", (70,), num_heads=4, **SHAPE), torch.bfloat16)
+    for page in problem.block_table[0, :2].tolist():
+        problem.kv_cache[page, :, :, :512] = 1
+        problem.kv_cache[page, :, :, 512:528] = torch.full((4,), 512.0).view(torch.uint8).to("cuda")
+    out, lse = run(problem)
+    assert bool((out == 1).all())
+    assert_right(problem, out, lse)
+
+
+def test_in_a_graph_over_growing_lengths() -> None:
+    problem = make(Case("graph", (100, 3000, 1), num_heads=16, **SHAPE), torch.bfloat16)
+    run(problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(problem)
+    for lengths in ((100, 3000, 1), (5, 2999, 0), (64, 65, 1)):
+        problem.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        assert_right(dataclasses.replace(problem, case=dataclasses.replace(problem.case, lengths=lengths)), out, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "h_kv", "block_size", "rank", "rope"),
+    [(3, 1, 1, 64, 128, 32), (2, 3, 2, 48, 256, 32), (9, 2, 1, 64, 512, 64), (3, 1347, 1, 64, 512, 64)],
+)
+def test_append(
+    batch: int, seqlen_q: int, h_kv: int, block_size: int, rank: int, rope: int, dtype: torch.dtype
+) -> None:
+    """Bitwise what the definition writes, and nothing beside it; queries are placed in the same launch."""
+    num_blocks, layout = -(-batch * seqlen_q // block_size) + 2, row_layout(rank, rope)
+    pool = torch.full((num_blocks, block_size, h_kv, layout.row_bytes), 0xAB, dtype=torch.uint8, device="cuda")
+    latent = difficult_latents(batch, seqlen_q, h_kv, rank, dtype=dtype)
+    k_rope = torch.randn(batch, seqlen_q, h_kv, rope, device="cuda").to(dtype)
+    slots = torch.randperm(num_blocks * block_size, device="cuda")[: batch * seqlen_q].view(batch, seqlen_q)
+    q = torch.full((batch, seqlen_q, 3, rank + rope), 7.0, dtype=dtype, device="cuda")
+    q_rope = torch.randn(batch, seqlen_q, 3, rope, device="cuda").to(dtype)
+    right = pool.clone().flatten(0, 1)
+    right[slots.flatten(), :, : layout.end] = encode_rows(latent, k_rope)[..., : layout.end].flatten(0, 1)
+    flash_mla.append(pool, latent, k_rope, slots, q=q, q_rope=q_rope, backend="cuda")
+    assert torch.equal(pool.flatten(0, 1)[..., : layout.end], right[..., : layout.end])
+    assert torch.equal(q[..., rank:], q_rope)
+    assert bool((q[..., :rank] == 7).all())
+
+
+def test_what_was_appended_is_what_is_read() -> None:
+    """Append and decode, as a step does: against the definition on the same bytes."""
+    case = Case("step", (65, 700), num_heads=16, **SHAPE)
+    problem = make(case, torch.bfloat16)
+    latent = torch.randn(2, 1, 1, 512, device="cuda").bfloat16()
+    k_rope = torch.randn(2, 1, 1, 64, device="cuda").bfloat16()
+    last = [length - 1 for length in case.lengths]
+    slots = torch.stack([problem.block_table[r, n // 64].long() * 64 + n % 64 for r, n in enumerate(last)])[:, None]
+    flash_mla.append(problem.kv_cache, latent, k_rope, slots, backend="cuda")
+    assert_right(problem, *run(problem))
+    assert bool(reference(problem)[0].isfinite().all())
