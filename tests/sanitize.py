@@ -26,7 +26,7 @@ import sys
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # Parts of kernel names, by tool; only ours, since torch's kernels would take most of the time.
-SIMPLE = ("flash_fwd_mla_combine", "append_rows_", "next_slots", "plan_")
+SIMPLE = ("flash_fwd_mla_combine", "append_rows_", "append_fp8_", "next_slots", "plan_")
 WATCHED = {"memcheck": ("flash_fwd_splitkv", *SIMPLE), "racecheck": SIMPLE, "synccheck": ("flash_fwd_splitkv", *SIMPLE)}
 REPORT = re.compile(r"^=+ (?:Error: |Warning: |Invalid |Barrier error|Program hit)", re.MULTILINE)
 EXCUSED = re.compile(r"^=+ Barrier error detected\. Missing wait\.", re.MULTILINE)
@@ -41,7 +41,9 @@ def calls() -> None:
 
     import flash_mla
     from flash_mla.backends import torch as torch_backend
+    from flash_mla.codec import encode_rows
 
+    sys.modules["flash_mla.backends.cuda.append"].FP8_IS_ON = True
     deepseek = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
     cases = (
         Case("merged by columns, Q with a tail", (700, 1, 0), num_heads=16, **deepseek),
@@ -68,6 +70,10 @@ def calls() -> None:
             flash_mla.append(kv_cache, latent, k_rope, slots, q=placed, q_rope=q_rope, backend="cuda")
             assert bool((kv_cache[0, :3] == 1).all() and (placed[..., rank:] == 1).all())
             assert not placed[..., :rank].any()
+            rows = encode_rows(latent, k_rope)
+            pool = rows.new_zeros((1, 64, *rows.shape[2:]))
+            flash_mla.append(pool, latent, k_rope, slots, q=placed, q_rope=q_rope, backend="cuda")
+            assert torch.equal(pool[0, :3], rows[0])
             valid = torch.rand((len(lengths), 70), device="cuda") < 0.8
             ours = flash_mla.ops.next_slots(block_table, lengths, 70, case.block_size, valid, 600)
             right = torch_backend.next_slots(block_table, lengths, 70, case.block_size, valid, 600)

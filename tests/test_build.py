@@ -115,7 +115,11 @@ def test_the_package_holds_the_cubins_of_these_sources() -> None:
 @BY_COMPILER
 def test_append_compiles(compiler: str, tmp_path: Path) -> None:
     noted = _build.build(["append"], out=tmp_path, compiler=compiler)
-    assert sorted(function["name"] for function in noted["append"]["functions"]) == [
+    registers = {function["name"]: function["registers"] for function in noted["append"]["functions"]}
+    assert sorted(registers) == [
+        "append_fp8_bf16",
+        "append_fp8_fp16",
+        "append_fp8_fp32",
         "append_rows_16",
         "append_rows_2",
         "append_rows_4",
@@ -123,8 +127,9 @@ def test_append_compiles(compiler: str, tmp_path: Path) -> None:
     ]
     assert noted["append"]["compiler"].lower().startswith(compiler)
     assert noted["append"]["compiler"].count(".") == 2  # a whole version, "NVRTC 12.9.86"
-    # 8 warps per CTA and 48 per SM: the header of append.cu counts on no more than 40 registers.
-    assert all(function["registers"] <= 40 for function in noted["append"]["functions"])
+    # 8 warps per CTA and 48 per SM (FP8 rows: 40): the header of append.cu counts on no more than 40 (48) registers.
+    for name, count in registers.items():
+        assert count <= (48 if "fp8" in name else 40), name
 
 
 def test_the_place_of_a_build_leaves_no_trace(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flash_mla.backends.cuda.append import ADDRESSES, GEOMETRY, AppendParams, ap
 from flash_mla.backends.cuda.append import append as cuda_append
 from flash_mla.contract import AppendCall, check_append
 
+host = sys.modules["flash_mla.backends.cuda.append"]  # the package has the function of this name
 Install = Callable[..., FakeDriver]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
@@ -241,7 +243,6 @@ def test_params_are_packed_whole(fake: FakeDriver) -> None:
         ({"device_type": "cpu"}, ["needs a CUDA device, got cpu"]),
         ({"capability": (8, 0)}, ["needs compute capability 9.0 (Hopper), have 8.0"]),
         ({"capability": (10, 0)}, ["needs compute capability 9.0 (Hopper), have 10.0"]),
-        ({"fp8": True}, ["writes rows as they come, not FP8 rows"]),
         ({"kv_cache_strides": (1, 2, 3, 4)}, ["needs the last stride of kv_cache to be 1, got 4"]),
         ({"num_blocks": 2**26}, [f"takes a pool of fewer than 2**32 tokens, got {2**26} x 64"]),
         ({"num_blocks": 2**26 - 1}, []),
@@ -251,6 +252,58 @@ def test_params_are_packed_whole(fake: FakeDriver) -> None:
 def test_refusals(changes: dict[str, object], reasons: list[str], fake: FakeDriver) -> None:
     call = on_hopper(check_append(*make(1, 1, 1, 128, 32, torch.bfloat16)))
     assert append_refusals(dataclasses.replace(call, **changes)) == reasons
+
+
+def make_fp8() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, latent, k_rope, slots = make(2, 2, 2, 256, 32, torch.bfloat16)
+    return torch.zeros((3, 64, 2, 336), dtype=torch.uint8), latent, k_rope, slots
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({}, []),
+        ({"dtype": "float16"}, []),
+        ({"dtype": "float32"}, []),
+        ({"dtype": "float64"}, ["encodes FP8 rows from bfloat16, float16 or float32, got float64"]),
+        ({"qk_rope_head_dim": 31}, ["writes FP8 rows of an even qk_rope_head_dim, got 31"]),
+        ({"capability": (8, 0)}, ["needs compute capability 9.0 (Hopper), have 8.0"]),
+        ({"num_blocks": 2**26}, [f"takes a pool of fewer than 2**32 tokens, got {2**26} x 64"]),
+    ],
+)
+def test_refusals_of_fp8_rows(
+    changes: dict[str, object], reasons: list[str], fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "FP8_IS_ON", True)
+    call = on_hopper(check_append(*make_fp8()))
+    assert append_refusals(dataclasses.replace(call, **changes)) == reasons
+
+
+@pytest.mark.parametrize("off", ["pool", "block", "token", "head"])
+def test_fp8_rows_begin_at_multiples_of_16_bytes(off: str, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "FP8_IS_ON", True)
+    pool, latent, k_rope, slots = make_fp8()
+    if off == "pool":
+        pool = torch.zeros((pool.numel() + 8,), dtype=torch.uint8)[8:].view(pool.shape)
+    else:
+        strides = list(pool.stride())
+        at = ("block", "token", "head").index(off)
+        strides[at] += 8
+        pool = torch.zeros(2 * pool.numel(), dtype=torch.uint8).as_strided(pool.shape, strides)
+    (reason,) = append_refusals(on_hopper(check_append(pool, latent, k_rope, slots)))
+    bytes_past = 8 if off == "pool" else 0
+    assert reason == (
+        f"needs FP8 rows that begin at multiples of 16 bytes, got strides {pool.stride()} "
+        f"and a pool {bytes_past} bytes past one"
+    )
+
+
+def test_fp8_rows_are_refused_where_they_are_not_switched_on(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reason: what else stands against them does not matter then."""
+    monkeypatch.setattr(host, "FP8_IS_ON", False)
+    pool, latent, k_rope, slots = make_fp8()
+    call = on_hopper(check_append(pool, latent.double(), k_rope.double(), slots))
+    assert append_refusals(call) == ["writes rows as they come, not FP8 rows"]
 
 
 def test_a_cpu_tensor_does_not_wake_the_driver(fake: FakeDriver) -> None:

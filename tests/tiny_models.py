@@ -37,7 +37,8 @@ class Family:
     """One row of the table: how to build a tiny model and what each of its forwards should do.
 
     `paged`, `dense` and `sparse` count the text attention modules that take such a path in one forward; sparse ones are
-    dense before Transformers 5.18, which cached expanded keys and values for them. `text_type` is the `model_type` that `path_counts()` names them by.
+    dense before Transformers 5.18, which cached expanded keys and values for them. `text_type` is the `model_type` that
+    `path_counts()` names them by.
     """
 
     module: str

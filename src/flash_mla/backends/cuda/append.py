@@ -1,18 +1,23 @@
-"""Append on Hopper: which calls the compiled kernel takes, how wide a unit it moves, and its launch."""
+"""Append on Hopper: which calls the compiled kernels take, how wide a unit they move, and their launch."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import struct
 import threading
 
 import torch
 
+from ...codec import ROW_ALIGNMENT
 from ...contract import AppendCall
 from . import driver
 
-__all__ = ["AppendParams", "append", "append_refusals", "geometry"]
+__all__ = ["FP8_IS_ON", "AppendParams", "append", "append_refusals", "geometry"]
+
+# Switched on once it has been measured on a Hopper GPU.
+FP8_IS_ON = False
 
 CAPABILITY = (9, 0)
 # Rows per CTA, one warp each. Few rows go one to a CTA, to as many SMs as there are: a row is bound by latency then.
@@ -21,6 +26,8 @@ FEW_ROWS = 1024
 # By bytes of a unit.
 MAX_UNIT = 16
 KERNELS = {unit: f"append_rows_{unit}" for unit in (2, 4, 8, 16)}
+# FP8 rows: by the dtype that their columns come in.
+FP8_KERNELS = {"bfloat16": "append_fp8_bf16", "float16": "append_fp8_fp16", "float32": "append_fp8_fp32"}
 # The kernel counts units of q's rotated columns in 32 bits, and a unit may be as small as 2 bytes.
 MOST_QUERY_BYTES = 2**31
 
@@ -78,14 +85,17 @@ _thread = _PerThread()
 
 
 def append_refusals(call: AppendCall) -> list[str]:
-    """Reasons against an append call; empty = accepts. It moves bytes, so it takes every dtype and shape."""
+    """Reasons against an append call; empty = accepts.
+
+    Rows of the dtype that they come in are moved as bytes: every dtype and shape. FP8 rows are encoded.
+    """
     if call.device_type != "cuda":
         return [f"needs a CUDA device, got {call.device_type}"]
     if reason := driver.unavailable():
         return [reason]
     reasons = []
     if call.fp8:
-        reasons.append("writes rows as they come, not FP8 rows")
+        reasons += _fp8_refusals(call)
     if call.capability != CAPABILITY:
         major, minor = call.capability or (0, 0)
         reasons.append(f"needs compute capability 9.0 (Hopper), have {major}.{minor}")
@@ -95,6 +105,22 @@ def append_refusals(call: AppendCall) -> list[str]:
         reasons.append(f"takes a pool of fewer than 2**32 tokens, got {call.num_blocks} x {call.block_size}")
     if call.batch * call.seqlen_q * call.h_kv >= 2**31:
         reasons.append(f"takes fewer than 2**31 rows, got {call.batch} x {call.seqlen_q} x {call.h_kv}")
+    return reasons
+
+
+def _fp8_refusals(call: AppendCall) -> list[str]:
+    if not FP8_IS_ON:
+        return ["writes rows as they come, not FP8 rows"]
+    reasons = []
+    if call.dtype not in FP8_KERNELS:
+        reasons.append(f"encodes FP8 rows from bfloat16, float16 or float32, got {call.dtype}")
+    if call.qk_rope_head_dim % 2:
+        reasons.append(f"writes FP8 rows of an even qk_rope_head_dim, got {call.qk_rope_head_dim}")
+    if call.kv_cache_misalignment or any(stride % ROW_ALIGNMENT for stride in call.kv_cache_strides[:3]):
+        reasons.append(
+            f"needs FP8 rows that begin at multiples of {ROW_ALIGNMENT} bytes, got strides "
+            f"{call.kv_cache_strides} and a pool {call.kv_cache_misalignment} bytes past one"
+        )
     return reasons
 
 
@@ -108,27 +134,36 @@ def geometry(
     num_heads: int = 0,
     q_rope_strides: tuple[int, ...] = (0, 0, 0),
     q_strides: tuple[int, ...] = (0, 0, 0),
-) -> tuple[bytes, int]:
+) -> tuple[bytes, int, tuple[int, int, int]]:
     """Everything of `AppendParams` but the addresses, and the union of the bits that bound the width of a unit.
 
-    Strides come in elements. The stride of a dimension of one element is never walked, and may be anything.
+    Strides come in elements of `itemsize` bytes; those of a pool of FP8 rows are bytes. The stride of a dimension of
+    one element is never walked, and may be anything.
+
+    Returns: the bytes; the union over everything; and that over latents, rotated keys, and queries with the length of
+        their rotated columns, each by itself.
     """
     rows, heads = (call.batch, call.seqlen_q, call.h_kv), (call.batch, call.seqlen_q, num_heads)
 
-    def in_bytes(strides: tuple[int, ...], extents: tuple[int, ...]) -> list[int]:
+    def in_bytes(strides: tuple[int, ...], extents: tuple[int, ...], itemsize: int = itemsize) -> list[int]:
         return [itemsize * stride if extent > 1 else 0 for stride, extent in zip(strides, extents, strict=True)]
 
-    strides = in_bytes(call.kv_cache_strides[:3], (call.num_blocks, call.block_size, call.h_kv))
-    strides += in_bytes(latent_strides[:3], rows) + in_bytes(rope_strides[:3], rows)
+    pool_extents = (call.num_blocks, call.block_size, call.h_kv)
+    pool = in_bytes(call.kv_cache_strides[:3], pool_extents, 1 if call.fp8 else itemsize)
+    latent, rope = in_bytes(latent_strides[:3], rows), in_bytes(rope_strides[:3], rows)
     q_bytes = in_bytes(q_rope_strides[:3], heads) + in_bytes(q_strides[:3], heads)
     latent_bytes, rope_bytes = itemsize * call.kv_lora_rank, itemsize * call.qk_rope_head_dim
-    bits = MAX_UNIT
-    for quantity in (*strides, *q_bytes, latent_bytes, rope_bytes):
-        bits |= quantity
+    # Rotated keys of no columns are not read, whatever their strides.
+    parts = (_union(latent), _union(rope) if rope_bytes else 0, _union([*q_bytes, rope_bytes]))
+    bits = _union([MAX_UNIT, *pool, *latent, *rope, *q_bytes, latent_bytes, rope_bytes])
     num_rows, q_rows = call.batch * call.seqlen_q * call.h_kv, call.batch * call.seqlen_q * num_heads
     counts = (num_rows, call.seqlen_q, call.h_kv, call.block_size, latent_bytes, latent_bytes + rope_bytes)
     slots = (8 * stride for stride in slots_strides)
-    return GEOMETRY.pack(*strides, *slots, *q_bytes, *counts, num_heads, q_rows), bits
+    return GEOMETRY.pack(*pool, *latent, *rope, *slots, *q_bytes, *counts, num_heads, q_rows), bits, parts
+
+
+def _union(quantities: list[int]) -> int:
+    return functools.reduce(operator.or_, quantities)
 
 
 def append(
@@ -144,7 +179,9 @@ def append(
     of `q`, in one launch.
 
     Shapes as in `contract.check_append`. A `latent`, `k_rope` or `q_rope` whose last stride is not 1 is copied first;
-    the pool never is. Two tokens share a slot only if equal or unread.
+    the pool never is. For FP8 rows so is a `latent` not all of whose rows begin at multiples of 16 bytes, and a
+    `k_rope` likewise of two columns; a `q` or `q_rope` that cannot be moved by 16 bytes is torch's to copy then. Two
+    tokens share a slot only if equal or unread.
     """
     num_rows = call.batch * call.seqlen_q * call.h_kv
     if num_rows == 0:
@@ -153,7 +190,7 @@ def append(
         latent = latent.contiguous()
     if k_rope.stride(3) != 1:
         k_rope = k_rope.contiguous()
-    itemsize = kv_cache.element_size()
+    itemsize = latent.element_size()
     pool, source, rope, columns, q_source = kv_cache.data_ptr(), latent.data_ptr(), k_rope.data_ptr(), 0, 0
     q_bytes = 0
     if q is not None and q_rope is not None:
@@ -162,11 +199,11 @@ def append(
         if q is not None and q_rope is not None:
             q[..., call.kv_lora_rank :] = q_rope
         q_bytes = 0
-        rest, bits = geometry(call, itemsize, latent.stride(), k_rope.stride(), slots.stride())
+        rest, bits, parts = geometry(call, itemsize, latent.stride(), k_rope.stride(), slots.stride())
     else:
         if q_rope.stride(3) != 1:
             q_rope = q_rope.contiguous()
-        rest, bits = geometry(
+        rest, bits, parts = geometry(
             call,
             itemsize,
             latent.stride(),
@@ -177,13 +214,27 @@ def append(
             q.stride(),
         )
         columns, q_source = q.data_ptr() + call.kv_lora_rank * itemsize, q_rope.data_ptr()
-    bits |= pool | source | rope | columns | q_source
+    if call.fp8:
+        for_latent, for_rope, for_q = parts
+        if (for_latent | source) % ROW_ALIGNMENT:
+            latent = latent.clone(memory_format=torch.contiguous_format)
+            return append(call, kv_cache, latent, k_rope, slots, q, q_rope)
+        if (for_rope | rope) % (2 * itemsize):
+            k_rope = k_rope.clone(memory_format=torch.contiguous_format)
+            return append(call, kv_cache, latent, k_rope, slots, q, q_rope)
+        if q is not None and q_rope is not None and q_bytes and (for_q | columns | q_source) % MAX_UNIT:
+            q[..., call.kv_lora_rank :] = q_rope
+            return append(call, kv_cache, latent, k_rope, slots)
+        unit, name = MAX_UNIT, FP8_KERNELS[call.dtype]
+    else:
+        bits |= pool | source | rope | columns | q_source
+        # The lowest bit that is set: the widest unit, at most 16 bytes, that divides every address, stride and length.
+        unit = bits & -bits
+        name = KERNELS[unit]
     thread = _thread
     ADDRESSES.pack_into(thread.bytes, 0, pool, source, rope, slots.data_ptr(), q_source, columns)
     thread.bytes[ADDRESSES.size :] = rest
-    # The lowest bit that is set: the widest unit, at most 16 bytes, that divides every address, stride and length.
-    unit = bits & -bits
-    kernel = driver.function(call.device_index, "append", KERNELS[unit])
+    kernel = driver.function(call.device_index, "append", name)
     warps = 1 if num_rows <= FEW_ROWS else WARPS
     grid = (-(-num_rows // warps) + -(-q_bytes // (unit * 32 * warps)), 1, 1)
     stream = driver.raw_stream(call.device_index)
