@@ -17,26 +17,29 @@ from cases import needs_gpu
 from typer.testing import CliRunner
 
 from flash_mla import ops
-from flash_mla.bench import check, figures, roofline
+from flash_mla.bench import check, decode_inputs, figures, roofline
 from flash_mla.bench import kernel as bench_kernel
 from flash_mla.bench.check import WrongResultError
-from flash_mla.bench.figures import (
+from flash_mla.bench.decode_shapes import (
     CLASSES,
+    FP8_SHAPES,
     SHAPES,
-    AppendFigure,
-    Ceilings,
+    SPARSE_SEQLEN_K,
     DecodeShape,
-    Result,
-    compare,
-    read_anchors,
+    class_of,
+    name_of,
+    sparse_shapes,
     work_of,
 )
-from flash_mla.cli import bench_commands
+from flash_mla.bench.figures import Anchor, AppendFigure, Ceilings, Result, compare, read_anchors
+from flash_mla.cli import bench_commands, tables
 from flash_mla.cli.app import app
+from flash_mla.codec import decode_rows, encode_rows, row_layout
 from flash_mla.contract import UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[1]
 ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_decode.json"
+FP8_ANCHORS = ROOT / "benchmarks" / "anchors" / "h200_mla_fp8_sparse.json"
 CEILINGS = Ceilings(copy_TBps=4.0, read_TBps=4.0, matmul_bf16_TFLOPs=700.0, graph_node_us=1.0)
 
 
@@ -64,6 +67,139 @@ def test_work_counts_each_latent_once_and_causal_pairs() -> None:
     assert work_of(shape, itemsize=4).bytes == 2 * work.bytes
 
 
+def test_names_say_what_the_rows_are() -> None:
+    dense, sparse = DecodeShape(64, 1, 4096, 128, fp8=True), DecodeShape(128, 2, 8192, 128, topk=2048)
+    assert dense.name == "b64 q1 k4096 h128 fp8"
+    assert sparse.name == "b128 q2 k8192 top2048 h128"
+    assert dataclasses.replace(sparse, fp8=True).name == "b128 q2 k8192 top2048 h128 fp8"
+    assert DecodeShape(2, 1, 100, 16, varlen=True, fp8=True).name == "b2 q1 k100 h16 varlen fp8"
+    # A row of an earlier version's report.
+    assert name_of({"batch": 1, "seqlen_q": 2, "seqlen_k": 3, "num_heads": 4, "varlen": True}) == "b1 q2 k3 h4 varlen"
+
+
+def test_fp8_rows_have_fewer_bytes_and_the_same_flop() -> None:
+    shape = DecodeShape(64, 1, 32768, 16, fp8=True)
+    work, unencoded = work_of(shape), work_of(dataclasses.replace(shape, fp8=False))
+    assert work.bytes == 64 * 32768 * 656 + 64 * 16 * (576 + 512) * 2
+    assert work.flop == unencoded.flop
+    assert work.floor_ms == pytest.approx(work.bytes / 4.3e12 * 1e3)
+    assert work.floor_ms / unencoded.floor_ms == pytest.approx(656 / 1152, rel=1e-3)
+    # At 128 heads arithmetic decides, and it is that of bf16 either way.
+    heads = dataclasses.replace(shape, num_heads=128)
+    assert work_of(heads).bound == "flop"
+    assert work_of(heads).floor_ms == work_of(dataclasses.replace(heads, fp8=False)).floor_ms
+    # Padded rows, and queries of another size: rows stay what they are.
+    small = DecodeShape(2, 3, 100, 5, kv_lora_rank=256, qk_rope_head_dim=64, fp8=True)
+    assert work_of(small, itemsize=4).bytes == 2 * 100 * 400 + 2 * 3 * 5 * (320 + 256) * 4
+
+
+def test_sparse_work_is_of_the_named_rows_whatever_the_length() -> None:
+    shape = DecodeShape(3, 2, 8192, 16, topk=2048)
+    work = work_of(shape)
+    assert work.bytes == 3 * 2 * 2048 * (1152 + 4) + 3 * 2 * 16 * (576 + 512) * 2
+    assert work.flop == 3 * 2 * 2048 * 16 * 2 * (576 + 512)
+    assert work_of(dataclasses.replace(shape, seqlen_k=65536)) == work
+    encoded = work_of(dataclasses.replace(shape, fp8=True))
+    assert work.bytes - encoded.bytes == 3 * 2 * 2048 * (1152 - 656)
+    assert encoded.flop == work.flop
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"topk": 101}, r"topk must be in 1\.\.seqlen_k=100, got 101"),
+        ({"topk": 0}, r"topk must be in 1\.\.seqlen_k=100, got 0"),
+        ({"topk": 10, "varlen": True}, "topk must come without varlen .*, got topk=10"),
+        ({"fp8": True, "kv_lora_rank": 192}, "kv_lora_rank that 128 divides, got 192"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecodeShape(2, 1, 100, 16, **fields)
+
+
+def test_lists_of_fp8_and_sparse_shapes() -> None:
+    assert {shape.num_heads for shape in FP8_SHAPES} == {16, 32}
+    lengths = [(1, 4096), (1, 65536), (16, 4096), (64, 4096), (64, 32768), (256, 1024)]
+    assert [(shape.batch, shape.seqlen_k) for shape in FP8_SHAPES[::2]] == lengths
+    assert len(FP8_SHAPES) == len(set(FP8_SHAPES)) == 12
+    assert all(shape.fp8 and shape.topk is None for shape in FP8_SHAPES)
+    for fp8 in (False, True):
+        assert {(shape.topk, shape.fp8) for shape in sparse_shapes(512, fp8)} == {(512, fp8)}
+    with pytest.raises(ValueError, match="topk must be in"):
+        sparse_shapes(SPARSE_SEQLEN_K + 1)
+
+
+def test_anchors_of_fp8_and_sparse_shapes() -> None:
+    anchors = read_anchors(FP8_ANCHORS)
+    for row, (shape, anchor) in zip(
+        json.loads(FP8_ANCHORS.read_text())["shapes"], anchors.by_shape.items(), strict=True
+    ):
+        assert shape.fp8
+        assert work_of(shape).floor_ms == pytest.approx(anchor.floor_ms, abs=5.1e-5)
+        assert work_of(shape).bound == row["bound"]
+        assert anchor.is_cold == (shape.topk is not None)
+    dense, sparse = DecodeShape(64, 1, 4096, 128, fp8=True), DecodeShape(128, 2, 4096, 128, fp8=True, topk=2048)
+    assert anchors.of(dense).best == ("vllm_fp8", 0.1157)
+    assert anchors.of(dataclasses.replace(dense, block_size=32)) is anchors.of(dense)
+    # Rows of bf16 are another shape, and the anchors of bf16 say nothing of FP8 rows.
+    assert anchors.of(dataclasses.replace(dense, fp8=False)) is None
+    assert read_anchors(ANCHORS).of(dataclasses.replace(SHAPES[0], fp8=True)) is None
+    # A sparse call reads its rows, however many there are besides.
+    assert anchors.of(sparse).best == ("fp8_sparse", 0.3711)
+    assert anchors.of(dataclasses.replace(sparse, seqlen_k=100000)) is anchors.of(sparse)
+    for field, value in {"topk": 1024, "seqlen_q": 3, "num_heads": 64, "fp8": False}.items():
+        assert anchors.of(dataclasses.replace(sparse, **{field: value})) is None
+    assert anchors.of(dataclasses.replace(sparse, seqlen_k=100000, topk=SPARSE_SEQLEN_K + 1)) is None
+
+
+def test_a_cold_anchor_is_compared_with_cold_calls() -> None:
+    anchors = read_anchors(FP8_ANCHORS)
+    shape = DecodeShape(128, 1, 4096, 128, fp8=True, topk=2048)
+    warm = result(shape)
+    (row,) = compare([dataclasses.replace(warm, cold_ms=0.25)], anchors, CEILINGS)
+    assert (row["best_anchor"], row["best_anchor_ms"], row["best_anchor_is_cold"]) == ("fp8_sparse", 0.1898, True)
+    assert row["over_best"] == pytest.approx(0.25 / 0.1898, rel=1e-3)
+    assert row["over_best_scaled"] == pytest.approx(0.25 * 700 / (0.1898 * 777), rel=1e-3)
+    assert row["product"] == pytest.approx(warm.graph_ms * 700, rel=1e-3)
+    (row,) = compare([warm], anchors, CEILINGS)  # --no-cold
+    assert "over_best" not in row
+    both = Anchor(1.0, {"a": 2.0}, {"a": 1.0, "b": 0.5})
+    assert (both.best, both.is_cold) == (("a", 2.0), False)
+
+
+def test_fp8_rows_are_set_against_rows_of_the_dtype() -> None:
+    shape = FP8_SHAPES[0]
+    twin = dataclasses.replace(shape, fp8=False)
+
+    def timed(shape: DecodeShape, backend: str, ms: float, dtype: str = "bfloat16") -> Result:
+        return Result(shape, backend, dtype, ms, None, work_of(shape))
+
+    measured = [
+        timed(twin, "a", 4.0),
+        timed(twin, "b", 2.0),
+        timed(shape, "a", 3.0),  # against a, although b is faster
+        timed(shape, "c", 1.5),  # c has no figure on bf16: against the fastest
+        timed(shape, "a", 1.0, "float16"),  # nothing to set it against
+        timed(FP8_SHAPES[1], "a", 1.0),
+    ]
+    rows = compare(measured)
+    assert [row.get("over_unencoded") for row in rows] == [None, None, 0.75, 0.75, None, None]
+    assert [(row["unencoded_backend"], row["unencoded_ms"]) for row in rows[2:4]] == [("a", 4.0), ("b", 2.0)]
+    # A mean holds one format; FP8 rows would pass for a faster backend otherwise.
+    summary = {entry["backend"]: entry for entry in figures.summarize(rows) if entry["class"] == "all"}
+    assert {name: entry["shapes"] for name, entry in summary.items()} == {"a": 1, "b": 1, "a fp8": 3, "c fp8": 1}
+    assert summary["c fp8"]["over_unencoded"] == 0.75
+    assert summary["a"]["over_unencoded"] is None
+
+
+def test_sparse_shapes_are_a_class_of_their_own() -> None:
+    assert class_of(128, 1, 128, 2048) == class_of(1, 1, 16, 64) == "sparse"
+    rows = compare([result(shape) for shape in (*sparse_shapes(2048), SHAPES[0])])
+    counts = {entry["class"]: entry["shapes"] for entry in figures.summarize(rows)}
+    assert counts == {"batch <= 4": 1, "sparse": 5, "all": 6}
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_floors_are_those_of_the_anchors(shape: DecodeShape) -> None:
     anchors = read_anchors(ANCHORS)
@@ -79,12 +215,12 @@ def test_floors_are_those_of_the_anchors(shape: DecodeShape) -> None:
 
 
 def test_public_shapes_fall_into_three_classes() -> None:
-    classes = [figures.class_of(shape.batch, shape.seqlen_q, shape.num_heads) for shape in SHAPES]
-    assert [classes.count(name) for name in CLASSES] == [4, 5, 5, 0]
-    assert figures.class_of(5, 4, 16) == CLASSES[1]  # 64 rows
-    assert figures.class_of(5, 8, 16) == CLASSES[2]  # 128 rows
-    assert figures.class_of(4, 8, 16) == CLASSES[0]
-    assert figures.class_of(5, 1, 8) == figures.class_of(5, 1, 96) == CLASSES[3]
+    classes = [class_of(shape.batch, shape.seqlen_q, shape.num_heads) for shape in SHAPES]
+    assert [classes.count(name) for name in CLASSES] == [4, 5, 5, 0, 0]
+    assert class_of(5, 4, 16) == CLASSES[1]  # 64 rows
+    assert class_of(5, 8, 16) == CLASSES[2]  # 128 rows
+    assert class_of(4, 8, 16) == CLASSES[0]
+    assert class_of(5, 1, 8) == class_of(5, 1, 96) == CLASSES[3]
 
 
 def test_spread_is_over_the_median() -> None:
@@ -175,9 +311,9 @@ def test_graphs_hold_whole_turns(num_sets: int, turn_ms: float, turns: int) -> N
 
 
 def test_page_sets_share_no_page_and_are_larger_than_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 10**6)
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 10**6)
     shape = DecodeShape(3, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
-    inputs = bench_kernel.make_inputs(shape, torch.float32, torch.device("cpu"))
+    inputs = decode_inputs.make_inputs(shape, torch.float32, torch.device("cpu"))
     pages = [-(-length // 64) for length in shape.lengths()]
     sets = [
         {int(page) for row, count in zip(table, pages, strict=True) for page in row[:count]}
@@ -187,6 +323,62 @@ def test_page_sets_share_no_page_and_are_larger_than_the_rotation(monkeypatch: p
     assert len(set().union(*sets)) == sum(map(len, sets)) == len(sets) * sum(pages) == len(inputs.kv_cache)
     assert len(sets) * sum(pages) * 64 * 160 * 4 >= 10**6
     assert [q.shape for q in inputs.q] == [(3, 2, 4, 160)] * len(sets)
+
+
+def test_fp8_pages_hold_encoded_normal_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 1)
+    monkeypatch.setattr(decode_inputs, "ENCODED_ROWS", 50)  # 50 rows 9 times and 62 left
+    shape = DecodeShape(2, 1, 200, 4, kv_lora_rank=256, qk_rope_head_dim=64, fp8=True)
+    inputs = decode_inputs.make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    assert inputs.kv_cache.dtype == torch.uint8
+    assert inputs.kv_cache.shape == (2 * 2 * 4, 64, 1, 400)
+    assert [q.dtype for q in inputs.q] == [torch.bfloat16] * 2
+    rows = inputs.kv_cache.flatten(0, 2)
+    assert len(torch.unique(rows, dim=0)) == len(rows)  # every row drawn, none twice
+    latent, k_rope = decode_rows(rows, 256, 64, torch.float32)
+    for columns in (latent, k_rope):
+        assert columns.std(1).sub(1).abs().max() < 0.5
+    # Scales are those of the columns beside them: encoding what was decoded finds them again, to a rounding.
+    layout = row_layout(256, 64)
+    again = encode_rows(latent, k_rope)[:, layout.scales : layout.k_rope].contiguous().view(torch.float32)
+    scales = rows[:, layout.scales : layout.k_rope].contiguous().view(torch.float32)
+    torch.testing.assert_close(again, scales, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "topk", "draws"),
+    [(1, 40, 7), (2, 40, 3), (3, 100, 1), (4, 100, 1)],
+    ids=["seven draws of a request", "two queries", "all of its tokens", "queries must share rows"],
+)
+def test_sparse_sets_name_rows_of_their_requests_and_share_none(
+    seqlen_q: int, topk: int, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 10**6)
+    shape = DecodeShape(3, seqlen_q, 300, 4, kv_lora_rank=128, qk_rope_head_dim=32, fp8=True, topk=topk)
+    inputs = decode_inputs.make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    num_sets = len(inputs.indices)
+    assert num_sets == len(inputs.q)
+    assert num_sets - 1 < 10**6 / (3 * seqlen_q * topk * 208) <= num_sets
+    num_tables = -(-num_sets // draws)
+    assert len(inputs.kv_cache) == num_tables * 3 * 5
+    pages_of: list[set[int]] = []  # by page set and request
+    for number, indices in enumerate(inputs.indices):
+        assert (indices.dtype, indices.shape) == (torch.int32, (3, seqlen_q, topk))
+        for request in range(3):
+            for query in range(seqlen_q):
+                assert len(indices[request, query].unique()) == topk
+            pages = set((indices[request] // 64).flatten().tolist())
+            if number % draws == 0:
+                pages_of.append(pages)
+            else:
+                pages_of[-3 + request] |= pages
+    assert all(len(pages) <= 5 for pages in pages_of)  # of 300 tokens
+    assert sum(map(len, pages_of)) == len(set().union(*pages_of))  # no page of two requests, or of two page sets
+    named = torch.cat([indices.flatten() for indices in inputs.indices])
+    assert len(named.unique()) == (num_sets * 3 * 300 if seqlen_q * topk > 300 else len(named))
+    # A request's fifth page has 300 - 4 * 64 = 44 tokens; what is behind them is no token.
+    for pages in pages_of:
+        assert min(int((named[named // 64 == page] % 64).max()) for page in pages) < 44
 
 
 class Device:
@@ -246,7 +438,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(bench_kernel, "_graph_of", fake.graph_of)
     monkeypatch.setattr(bench_kernel, "_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 1)
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 1)
     monkeypatch.setattr(bench_kernel, "FLUSH_BYTES", 1)
     monkeypatch.setattr(bench_kernel.time, "sleep", fake.cool)
     return fake
@@ -269,29 +461,47 @@ def test_burst_is_the_median_replay_per_call(device: Device) -> None:
 
 @pytest.fixture
 def backends(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, types.SimpleNamespace]:
-    """Two backends that are the definition and cost 1 and 2 ms a call; their plans remember how they were made."""
+    """Two backends that are the definition and cost 1 and 2 ms a call, 0.6 times as much on FP8 rows and a fifth of
+    either if sparse; their plans remember how they were made, and their calls on which rows they ran."""
     made: dict[str, types.SimpleNamespace] = {}
     launches: dict[tuple[str, str], int] = {("append", "slow"): 7}
 
     def plan_splits(*tensors: torch.Tensor, kv_lora_rank: int, backend: str | None, **options: object) -> object:
         if backend == "picky":
             raise UnsupportedError("no backend accepts this call")
-        made[backend or "fast"] = types.SimpleNamespace(options=options, factor=1.0)
-        return made[backend or "fast"]
+        plan = types.SimpleNamespace(options=options, row=(tensors[1].dtype, tensors[1].shape[-1]))
+        made[backend or "fast"] = plan
+        return plan
+
+    def launch(op: str, backend: str | None, kv_cache: torch.Tensor, factor: float) -> str:
+        name = backend or "fast"
+        launches[op, name] = launches.get((op, name), 0) + 1
+        row = (kv_cache.dtype, kv_cache.shape[-1])
+        if (op, name, row) not in ran:
+            ran.append((op, name, row))
+        device.spend({"fast": 1.0, "slow": 2.0, "cuda": 0.5}[name] * factor * (0.6 if row[0] == torch.uint8 else 1))
+        return name
 
     def decode(*tensors: torch.Tensor, plan: object, backend: str | None, **options: object) -> object:
-        name = backend or "fast"
-        assert plan is made[name]
-        launches["decode", name] = launches.get(("decode", name), 0) + 1
-        device.spend({"fast": 1.0, "slow": 2.0, "cuda": 0.5}[name])
+        assert plan.row == (tensors[1].dtype, tensors[1].shape[-1])
+        name = launch("decode", backend, tensors[1], 1.0)
         out, lse = ops.decode(*tensors, backend="torch", **options)
         return out * wrong.get(name, 1.0), lse
 
+    def sparse_decode(*tensors: torch.Tensor, backend: str | None, **options: object) -> object:
+        if backend == "picky":
+            raise UnsupportedError("has no kernel for sparse attention")
+        name = launch("sparse_decode", backend, tensors[1], 0.2)
+        out, lse = ops.sparse_decode(*tensors, backend="torch", **options)
+        return out * wrong.get(name, 1.0), lse
+
     wrong: dict[str, float] = {}
+    ran: list[tuple[str, str, tuple[torch.dtype, int]]] = []
     monkeypatch.setattr(bench_kernel, "plan_splits", plan_splits)
     monkeypatch.setattr(bench_kernel, "decode", decode)
+    monkeypatch.setattr(bench_kernel, "sparse_decode", sparse_decode)
     monkeypatch.setattr(bench_kernel, "backend_counts", lambda: dict(launches))
-    return types.SimpleNamespace(made=made, wrong=wrong)
+    return types.SimpleNamespace(made=made, wrong=wrong, ran=ran)
 
 
 SMALL = DecodeShape(3, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
@@ -310,6 +520,60 @@ def test_backends_share_inputs_and_have_plans_of_their_own(backends: types.Simpl
         assert 0 < result.error_over_plain <= 2
         assert result.work == work_of(SMALL)
         assert result.dtype == "float16"
+
+
+def test_fp8_rows_are_timed_beside_rows_of_the_dtype(
+    backends: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(SMALL, fp8=True)
+    turns: list[list[str]] = []
+
+    def in_turns(bursts: dict[str, Callable[[], float]], *arguments: object) -> dict[str, list[float]]:
+        turns.append(list(bursts))
+        return all_in_turns(bursts, *arguments)
+
+    all_in_turns = bench_kernel.in_turns
+    monkeypatch.setattr(bench_kernel, "in_turns", in_turns)
+    timing = bench_kernel.Timing(rounds=3, cold=False)
+    results, failed = bench_kernel.time_shape(shape, ["slow", "picky", "fast"], torch.bfloat16, timing, True)
+    assert [(result.shape, result.backend) for result in results] == [
+        (SMALL, "slow"),
+        (SMALL, "fast"),
+        (shape, "slow"),
+        (shape, "fast"),
+    ]
+    assert turns == [[f"{each.name}, {name}" for each in (SMALL, shape) for name in ("slow", "fast")]]
+    # What the backends were given under either name: 160 columns of bf16, 208 bytes.
+    plain, encoded = (torch.bfloat16, 160), (torch.uint8, 208)
+    assert backends.ran == [("decode", name, row) for row in (plain, encoded) for name in ("slow", "fast")]
+    assert failed == dict.fromkeys((f"{SMALL.name}, picky", f"{shape.name}, picky"), "no backend accepts this call")
+    assert SMALL.lengths() == shape.lengths()
+    assert all(0 < result.error_over_plain <= 2 and len(result.round_ms) == 3 for result in results)
+    assert [result.work for result in results] == [work_of(result.shape) for result in results]
+    assert [row.get("over_unencoded") for row in compare(results)] == [None, None, *[pytest.approx(0.6, rel=3e-3)] * 2]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sparse_calls_are_timed_without_a_plan(fp8: bool, backends: types.SimpleNamespace) -> None:
+    shape = DecodeShape(3, 2, 100, 4, kv_lora_rank=128, qk_rope_head_dim=32, fp8=fp8, topk=24)
+    timing = bench_kernel.Timing(rounds=1)
+    results, failed = bench_kernel.time_shape(shape, ["fast", "picky"], torch.bfloat16, timing, True)
+    rows = [(torch.bfloat16, 160), (torch.uint8, 208)][: 1 + fp8]
+    assert backends.ran == [("sparse_decode", "fast", row) for row in rows]
+    assert backends.made == {}
+    assert [result.shape.fp8 for result in results] == [False, True][: 1 + fp8]
+    for result, ms in zip(results, (0.2, 0.12), strict=False):
+        assert result.graph_ms == pytest.approx(ms, rel=2e-2)
+        assert result.cold_ms >= ms
+        assert result.backend == "fast"
+        assert 0 < result.error_over_plain <= 2
+    assert failed[f"{shape.name}, picky"] == "has no kernel for sparse attention"
+    assert len(failed) == 1 + fp8
+    backends.wrong["fast"] = 1.1
+    results, failed = bench_kernel.time_shape(shape, ["fast"], torch.bfloat16, timing, True)
+    plain = dataclasses.replace(shape, fp8=False)
+    assert results == []
+    assert all(failed[f"{each.name}, fast"].startswith("wrong result") for each in (shape, plain))
 
 
 def test_pages_are_planned_deterministically_only_if_asked(backends: types.SimpleNamespace) -> None:
@@ -345,9 +609,9 @@ def test_only_the_compiled_backend_is_checked_unasked(backends: types.SimpleName
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, dict[str, object]]:
     """What the definition makes of a ragged causal shape in float16, and the other arguments of the check."""
-    monkeypatch.setattr(bench_kernel, "ROTATION_BYTES", 1)
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 1)
     shape = DecodeShape(5, 2, 100, 4, varlen=True, kv_lora_rank=128, qk_rope_head_dim=32)
-    inputs = bench_kernel.make_inputs(shape, torch.float16, torch.device("cpu"))
+    inputs = decode_inputs.make_inputs(shape, torch.float16, torch.device("cpu"))
     options = {"kv_lora_rank": 128, "softmax_scale": shape.softmax_scale}
     out, _ = ops.decode(
         inputs.q[0], inputs.kv_cache, inputs.block_table[0], inputs.cache_seqlens, backend="torch", **options
@@ -403,6 +667,57 @@ def test_check_refuses_what_is_not_finite_in_any_request(decoded: tuple[torch.Te
         check.check_outputs(out, **arguments)
 
 
+FP8_SMALL = DecodeShape(5, 2, 200, 4, varlen=True, kv_lora_rank=256, qk_rope_head_dim=64, fp8=True)
+SPARSE_SMALL = DecodeShape(5, 2, 200, 4, kv_lora_rank=256, qk_rope_head_dim=64, topk=48)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [FP8_SMALL, SPARSE_SMALL, dataclasses.replace(SPARSE_SMALL, fp8=True)],
+    ids=["fp8", "sparse", "sparse fp8"],
+)
+def test_check_of_fp8_rows_and_of_named_rows(shape: DecodeShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_inputs, "ROTATION_BYTES", 1)
+    inputs = decode_inputs.make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    q, kv_cache = inputs.q[0], inputs.kv_cache
+
+    def attended(q: torch.Tensor, kv_cache: torch.Tensor = kv_cache) -> torch.Tensor:
+        options = {"kv_lora_rank": 256, "softmax_scale": shape.softmax_scale, "backend": "torch"}
+        if shape.topk is not None:
+            return ops.sparse_decode(q, kv_cache, inputs.indices[0], **options)[0]
+        return ops.decode(q, kv_cache, inputs.block_table[0], inputs.cache_seqlens, **options)[0]
+
+    def error_of(out: torch.Tensor) -> float:
+        return bench_kernel._check(shape, inputs, out)
+
+    assert 0 < error_of(attended(q)) <= 2
+    # The definition in fp64 on the same bytes is what the check has, to the last digits.
+    exact = attended(q.double(), kv_cache if shape.fp8 else kv_cache.double())
+    assert error_of(exact) < 1e-9
+    # A row of the page is decoded wrongly by 1/16 in one scale, or one in its first column.
+    other = kv_cache.clone()
+    if shape.fp8:
+        layout = row_layout(256, 64)
+        other[..., layout.scales : layout.scales + 4] = (
+            other[..., layout.scales : layout.scales + 4].contiguous().view(torch.float32).mul(1.0625).view(torch.uint8)
+        )
+    else:
+        other *= 1.0625
+    with pytest.raises(check.WrongResultError, match=r"relative error .* bfloat16 has .* 2x"):
+        error_of(attended(q, other))
+    # The first and the last request, and every query of them.
+    for request in (0, 4):
+        for query in (0, 1):
+            one_wrong = exact.to(torch.bfloat16)
+            one_wrong[request, query] *= 1.1
+            with pytest.raises(check.WrongResultError):
+                error_of(one_wrong)
+    not_finite = exact.clone()
+    not_finite[2, 1, 0, 0] = float("inf")
+    with pytest.raises(check.WrongResultError, match="not finite in 1 of 5 requests, first in request 2"):
+        error_of(not_finite)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -421,12 +736,20 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         seen.append((shape, backends, *options))
         if shape.seqlen_q == 2:
             return [], {f"{shape.name}, {name}": "no backend accepts this call" for name in backends}
-        return [result(shape, 2.2 if name == "triton" else 2.0, name or "torch") for name in backends], {}
+        shapes = (dataclasses.replace(shape, fp8=False), shape) if shape.fp8 else (shape,)
+        results = [
+            dataclasses.replace(result(each, 2.2 if name == "triton" else 2.0, name or "torch"), cold_ms=0.25)
+            for each in shapes
+            for name in backends
+        ]
+        return results, {}
 
     monkeypatch.setattr(bench_kernel, "time_shape", time_shape)
     monkeypatch.setattr(bench_kernel, "measure_ceilings", lambda timing: CEILINGS)
     monkeypatch.setattr(
-        bench_kernel, "time_append", lambda dtype, timing, *shape: AppendFigure("torch", 1000, 576, 1e-3)
+        bench_kernel,
+        "time_append",
+        lambda dtype, timing, *shape: AppendFigure("torch", 1000, 576, 500 if shape[-1] else 576, 1e-3),
     )
     monkeypatch.setattr(bench_commands, "device_of", lambda name: torch.device("cuda"))
     monkeypatch.setattr("flash_mla.bench.report.machine", lambda device: {"device": "a GPU"})
@@ -453,7 +776,14 @@ def test_every_anchor_is_in_the_table_with_its_loss(tmp_path: Path) -> None:
     assert next(entry for entry in report["summary"] if entry["class"] == "all")["over_floor"] == 2.0
     assert "not measured: b128 q2 k4096 h128 varlen, torch: no backend accepts this call" in text
     assert "append, torch: 1,000 rows of 576 bytes in 0.0010 ms, 1.15 TB/s read and written" in text
-    assert report["append"] == {"backend": "torch", "tokens": 1000, "row_bytes": 576, "ms": 1e-3, "TBps": 1.152}
+    assert report["append"] == {
+        "backend": "torch",
+        "tokens": 1000,
+        "token_bytes": 576,
+        "row_bytes": 576,
+        "ms": 1e-3,
+        "TBps": 1.152,
+    }
 
 
 @pytest.mark.usefixtures("timed")
@@ -488,6 +818,133 @@ def test_flags_reach_the_clock(timed: list[tuple[object, ...]], tmp_path: Path) 
     assert report["timing"] == {**dataclasses.asdict(timing), "deterministic": True}
     run("--batch", 3, "--out", out)
     assert timed[1][3:] == (bench_kernel.Timing(), None, False)
+
+
+def test_fp8_has_a_column_against_bf16(timed: list[tuple[object, ...]], tmp_path: Path) -> None:
+    out = tmp_path / "fp8.json"
+    text = run("--fp8", "--backend", "torch,triton", "--out", out)
+    assert [asked[0] for asked in timed] == list(FP8_SHAPES)
+    report = json.loads(out.read_text())
+    assert len(report["rows"]) == 4 * len(FP8_SHAPES)
+    for row in report["rows"]:
+        assert row["topk"] is None
+        assert ("over_unencoded" in row) == row["fp8"]
+    # Times are twice the floor, and so is the ratio that of the floors.
+    shape = DecodeShape(64, 1, 32768, 16, fp8=True)
+    ratio = work_of(shape).floor_ms / work_of(dataclasses.replace(shape, fp8=False)).floor_ms
+    (row,) = (row for row in report["rows"] if name_of(row) == shape.name and row["backend"] == "torch")
+    assert row["over_unencoded"] == pytest.approx(ratio, abs=1e-3)
+    assert row["unencoded_backend"] == "torch"
+    assert {entry["backend"] for entry in report["summary"]} == {"torch", "torch fp8", "triton", "triton fp8"}
+    # Once without and once with: rows of 576 bytes take the 576 that came, FP8 rows 500 here.
+    assert "append, torch: 1,000 rows of 576 bytes in 0.0010 ms, 1.15 TB/s read and written" in text
+    assert "append fp8, torch: 1,000 rows of 500 bytes, from 576 each, in 0.0010 ms, 1.08 TB/s" in text
+    assert report["append_fp8"] == {
+        "backend": "torch",
+        "tokens": 1000,
+        "token_bytes": 576,
+        "row_bytes": 500,
+        "ms": 1e-3,
+        "TBps": 1.076,
+    }
+    assert report["append"]["row_bytes"] == 576
+    run("--batch", 2, "--out", out)
+    assert json.loads(out.read_text())["append_fp8"] is None
+
+
+def columns_of(rows: list[dict[str, object]]) -> dict[str, list[str]]:
+    return {str(column.header): list(column.cells) for column in tables.kernel_table(rows, "a GPU").columns}
+
+
+def test_table_names_the_backend_that_fp8_is_set_against() -> None:
+    shape = FP8_SHAPES[0]
+    twin = dataclasses.replace(shape, fp8=False)
+    measured = [result(twin, 2.0, "cuda"), result(shape, 2.0, "cuda"), result(shape, 4.0, "triton")]
+    columns = columns_of(compare(measured))
+    ratio = work_of(shape).floor_ms / work_of(twin).floor_ms
+    assert columns["shape"] == [twin.name, shape.name, shape.name]
+    assert columns["FP8 / bf16"] == ["-", f"{ratio:.3f}", f"{2 * ratio:.3f} (cuda)"]
+    halves = [dataclasses.replace(each, dtype="float16") for each in measured]
+    assert "FP8 / fp16" in columns_of(compare(halves))
+    assert not any("FP8" in name for name in columns_of(compare(measured[:1])))
+
+
+@pytest.mark.usefixtures("timed")
+def test_every_fp8_and_sparse_anchor_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "all.json"
+    run("--anchors", FP8_ANCHORS, "--backend", "torch", "--out", out, code=1)  # two queries are refused
+    report = json.loads(out.read_text())
+    compared = {name_of(row): row for row in report["rows"] if "over_best" in row}
+    assert len(compared) == 8
+    assert list(report["not_measured"]) == ["b128 q2 k32768 top2048 h128 fp8, torch"]
+    row = compared["b128 q1 k32768 top2048 h128 fp8"]
+    assert (row["best_anchor_ms"], row["over_best"]) == (0.1898, pytest.approx(0.25 / 0.1898, rel=1e-3))
+    columns = columns_of(report["rows"])
+    best = dict(zip(columns["shape"], columns["best ms"], strict=True))
+    assert best["b128 q1 k32768 top2048 h128 fp8"] == "0.1898 cold"
+    assert best["b64 q1 k4096 h128 fp8"] == "0.1157"
+    assert report["append_fp8"] is not None
+
+
+def test_anchors_are_measured_as_the_flags_say(timed: list[tuple[object, ...]], tmp_path: Path) -> None:
+    run("--anchors", FP8_ANCHORS, "--topk", 2048, "--out", tmp_path, code=1)
+    assert [(asked[0].topk, asked[0].fp8, asked[0].seqlen_k) for asked in timed] == [(2048, True, SPARSE_SEQLEN_K)] * 4
+    timed.clear()
+    run("--anchors", ANCHORS, "--fp8", "--out", tmp_path, code=1)
+    assert [asked[0] for asked in timed] == [dataclasses.replace(shape, fp8=True) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("flags", [(), ("--fp8",)])
+def test_sparse_shapes_are_listed(flags: tuple[str, ...], timed: list[tuple[object, ...]], tmp_path: Path) -> None:
+    run("--topk", 512, *flags, "--out", tmp_path, code=1)
+    assert [asked[0] for asked in timed] == list(sparse_shapes(512, bool(flags)))
+    (written,) = tmp_path.iterdir()
+    assert written.name.startswith("kernel-fp8-top512-2" if flags else "kernel-top512-2")
+
+
+def test_one_sparse_shape_of_fp8_rows(timed: list[tuple[object, ...]], tmp_path: Path) -> None:
+    run("--batch", 3, "--seqlen-k", 900, "--num-heads", 20, "--topk", 64, "--fp8", "--out", tmp_path)
+    assert timed[0][0] == DecodeShape(3, 1, 900, 20, fp8=True, topk=64)
+    (written,) = tmp_path.iterdir()
+    assert written.name.startswith("kernel-b3-q1-k900-top64-h20-fp8-2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch", 2, "--topk", 64, "--varlen"), "reads topk rows whatever the length: not with --varlen"),
+        (("--topk", 64, "--varlen"), "reads topk rows whatever the length: not with --varlen"),
+        (("--batch", 2, "--topk", 64, "--seqlen-k", 63), "topk must be in 1..seqlen_k=63, got 64"),
+        (("--topk", 2**20), "topk must be in 1..seqlen_k=32768, got 1048576"),
+        (("--topk", 64, "--deterministic"), "is about split plans, and sparse calls have none"),
+        (("--anchors", ANCHORS, "--topk", 64), "no shape of the anchors has topk=64; --batch gives one"),
+        (("--batch", 2, "--fp8", "--kv-lora-rank", 192), "kv_lora_rank that 128 divides, got 192"),
+        (("--fp8", "--kv-lora-rank", 192), "kv_lora_rank that 128 divides, got 192"),  # of append
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(
+    flags: tuple[object, ...], message: str, timed: list[tuple[object, ...]]
+) -> None:
+    text = " ".join(run(*flags, code=2).replace("│", " ").split())
+    assert message in text
+    assert timed == []
+
+
+def test_an_append_without_figure_does_not_end_the_run(
+    timed: list[tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_append(dtype: torch.dtype, timing: object, *shape: object) -> AppendFigure:
+        if shape[-1]:
+            raise WrongResultError("append: a row of the pool is not the one that was sent to its slot")
+        return AppendFigure("torch", 1000, 576, 576, 1e-3)
+
+    monkeypatch.setattr(bench_kernel, "time_append", time_append)
+    out = tmp_path / "one.json"
+    text = run("--batch", 2, "--fp8", "--out", out, code=1)
+    assert "not measured: append fp8: append: a row of the pool is not the one" in text
+    report = json.loads(out.read_text())
+    assert (report["append_fp8"], report["append"]["backend"], len(report["rows"])) == (None, "torch", 2)
+    assert len(timed) == 1
 
 
 @pytest.mark.parametrize(
@@ -610,26 +1067,63 @@ def append_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("append_on_cpu")
 def test_append_moves_every_row_twice() -> None:
     figure = bench_kernel.time_append(timing=bench_kernel.Timing(rounds=1, pause_s=0))
-    assert figure == AppendFigure("torch", 15, 1152, 2.0)
+    assert figure == AppendFigure("torch", 15, 1152, 1152, 2.0)
     assert figure.TBps == pytest.approx(2 * 15 * 1152 / 2e-3 / 1e12)
 
 
 @pytest.mark.usefixtures("append_on_cpu")
-@pytest.mark.parametrize("fault", ["not written", "in another slot"])
-def test_an_append_that_writes_elsewhere_is_no_figure(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_to_fp8_rows_reads_what_comes_and_writes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[torch.Tensor] = []
+
+    def append(kv_cache: torch.Tensor, *new: torch.Tensor) -> None:
+        pools.append(kv_cache)
+        ops.append(kv_cache, *new)
+
+    monkeypatch.setattr(bench_kernel, "append", append)
+    figure = bench_kernel.time_append(timing=bench_kernel.Timing(rounds=1, pause_s=0), fp8=True)
+    assert figure == AppendFigure("torch", 15, 1152, 656, 2.0)
+    assert figure.TBps == pytest.approx(15 * (1152 + 656) / 2e-3 / 1e12)
+    assert (pools[0].dtype, pools[0].shape) == (torch.uint8, (1, 64, 1, 656))
+    # Rows of (256, 64) columns have 8 bytes of padding, which a kernel may leave as it finds them.
+    monkeypatch.setattr(bench_kernel, "append", lambda pool, *new: (ops.append(pool, *new), pool[..., 392:].fill_(7)))
+    assert bench_kernel.time_append(kv_lora_rank=256, fp8=True).row_bytes == 400
+
+
+@pytest.mark.usefixtures("append_on_cpu")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fault", ["not written", "in another slot", "another latent", "another rotated key"])
+def test_an_append_that_writes_otherwise_is_no_figure(fault: str, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def append(kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor) -> None:
         target = kv_cache.clone() if fault == "not written" else kv_cache
+        if fault == "another latent":
+            latent = latent * 1.25
+        if fault == "another rotated key":
+            k_rope = k_rope * 1.25
         ops.append(target, latent, k_rope, slots.flip(0) if fault == "in another slot" else slots)
 
     monkeypatch.setattr(bench_kernel, "append", append)
     with pytest.raises(WrongResultError, match="not the one that was sent"):
-        bench_kernel.time_append()
+        bench_kernel.time_append(fp8=fp8)
 
 
 @needs_gpu
-def test_append_is_timed() -> None:
-    figure = bench_kernel.time_append(timing=SHORT)
-    assert (figure.tokens, figure.row_bytes) == (131072, 1152)
+@pytest.mark.parametrize("shape", [dataclasses.replace(GPU_SHAPE, fp8=True), DecodeShape(4, 2, 500, 16, topk=128)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fp8_and_sparse_shapes_are_timed_and_checked(shape: DecodeShape, fp8: bool) -> None:
+    shape = dataclasses.replace(shape, fp8=fp8)
+    results, failed = bench_kernel.time_shape(shape, ["triton"], timing=SHORT, check=True)
+    assert not failed
+    assert [result.shape.fp8 for result in results] == [False, True][: 1 + fp8]
+    for measured in results:
+        assert 0 < measured.error_over_plain <= 2
+        assert min(measured.graph_ms, measured.cold_ms, measured.sustained_ms) > measured.work.floor_ms
+
+
+@needs_gpu
+@pytest.mark.parametrize(("fp8", "row_bytes"), [(False, 1152), (True, 656)])
+def test_append_is_timed(fp8: bool, row_bytes: int) -> None:
+    figure = bench_kernel.time_append(timing=SHORT, fp8=fp8)
+    assert (figure.tokens, figure.token_bytes, figure.row_bytes) == (131072, 1152, row_bytes)
     assert 0.1 < figure.TBps < 100
 
 

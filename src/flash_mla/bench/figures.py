@@ -1,152 +1,37 @@
-"""What a decode call must do, what was measured of it, and both set against ceilings and against others' kernels.
+"""What was measured of decode calls, set against ceilings and against others' kernels.
 
-Plain arithmetic: nothing here touches a device. Times are milliseconds; bytes and FLOP are what the definition needs,
-each latent read once.
+Plain arithmetic: nothing here touches a device. Times are milliseconds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .decode_shapes import CLASSES, SPARSE_SEQLEN_K, DecodeShape, Work, class_of
+
 __all__ = [
-    "CLASSES",
     "FLAGGED",
-    "SHAPES",
     "Anchor",
     "Anchors",
     "AppendFigure",
     "Ceilings",
-    "DecodeShape",
     "Result",
-    "Work",
-    "class_of",
     "compare",
     "geometric_mean",
     "read_anchors",
+    "series_of",
     "spread",
     "summarize",
-    "work_of",
 ]
-
-# What the floor divides by unless told otherwise: an H200's copy bandwidth and matrix rate, as the anchors' floors do.
-FLOOR_BYTES_PER_S = 4.3e12
-FLOOR_FLOP_PER_S = 790e12
 
 # A shape that takes this many times the best anchor is marked in the table.
 FLAGGED = 1.05
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    """One decode call: `batch` requests of about `seqlen_k` cached tokens, causal when `seqlen_q` > 1."""
-
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    num_heads: int
-    varlen: bool = False
-    kv_lora_rank: int = 512
-    qk_rope_head_dim: int = 64
-    block_size: int = 64
-
-    @property
-    def name(self) -> str:
-        """Short and unique among the shapes of one table."""
-        suffix = " varlen" if self.varlen else ""
-        return f"b{self.batch} q{self.seqlen_q} k{self.seqlen_k} h{self.num_heads}{suffix}"
-
-    @property
-    def d_qk(self) -> int:
-        """Columns of a latent row."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
-    def softmax_scale(self) -> float:
-        """That of a model whose `qk_nope_head_dim` is a quarter of the latent, as in DeepSeek-V2 and V3."""
-        return 1 / math.sqrt(self.kv_lora_rank // 4 + self.qk_rope_head_dim)
-
-    def lengths(self) -> list[int]:
-        """Tokens per request; varlen: normal around `seqlen_k`, half of it as deviation, seeded by shape."""
-        if not self.varlen:
-            return [self.seqlen_k] * self.batch
-        draw = random.Random(self.batch * 131 + self.seqlen_q * 17 + self.seqlen_k + self.num_heads)
-        return [
-            int(max(draw.normalvariate(self.seqlen_k, self.seqlen_k / 2), self.seqlen_q)) for _ in range(self.batch)
-        ]
-
-
-# From one short request (latency) to what fills the device for milliseconds: bound by memory, and by the tensor cores.
-SHAPES = (
-    DecodeShape(1, 1, 4096, 16),
-    DecodeShape(1, 1, 65536, 16),
-    DecodeShape(1, 1, 65536, 128),
-    DecodeShape(4, 1, 16384, 128),
-    DecodeShape(16, 1, 4096, 16),
-    DecodeShape(32, 1, 8192, 32),
-    DecodeShape(64, 1, 32768, 16),
-    DecodeShape(128, 1, 1024, 128),
-    DecodeShape(128, 1, 4096, 128, varlen=True),
-    DecodeShape(128, 1, 32768, 128),
-    DecodeShape(128, 2, 4096, 128, varlen=True),
-    DecodeShape(132, 1, 4096, 64),
-    DecodeShape(132, 1, 16384, 128),
-    DecodeShape(256, 1, 4096, 32),
-)
-
-CLASSES = ("batch <= 4", "memory-bound, 16-64 rows", "compute-bound, >= 128 rows", "other")
-
-
-def class_of(batch: int, seqlen_q: int, num_heads: int) -> str:
-    """Which of `CLASSES` a shape belongs to, by its requests and its query rows per request."""
-    rows = seqlen_q * num_heads
-    if batch <= 4:
-        return CLASSES[0]
-    if 16 <= rows <= 64:
-        return CLASSES[1]
-    return CLASSES[2] if rows >= 128 else CLASSES[3]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call must move and compute.
-
-    Attributes:
-        bytes: latents, queries and outputs once each.
-        flop: 2 per multiply-add of the attended (query, key) pairs, d_qk for the score and kv_lora_rank for the value.
-        floor_ms: the longer of the two at the speed of the device.
-    """
-
-    bytes: int
-    flop: int
-    floor_ms: float
-
-    @property
-    def bound(self) -> str:
-        """Which of the two the floor is made of."""
-        return "mem" if math.isclose(self.floor_ms, self.bytes / FLOOR_BYTES_PER_S * 1e3) else "flop"
-
-
-def work_of(
-    shape: DecodeShape,
-    itemsize: int = 2,
-    bytes_per_s: float = FLOOR_BYTES_PER_S,
-    flop_per_s: float = FLOOR_FLOP_PER_S,
-) -> Work:
-    """Bytes, FLOP and floor of one call; `itemsize` is that of the dtype, in bytes."""
-    lengths = shape.lengths()
-    rows = shape.batch * shape.seqlen_q * shape.num_heads
-    num_bytes = (sum(lengths) * shape.d_qk + rows * (shape.d_qk + shape.kv_lora_rank)) * itemsize
-    # Query j of seqlen_q sees `length - (seqlen_q - 1 - j)` keys.
-    pairs = sum(max(length - late, 0) for length in lengths for late in range(shape.seqlen_q))
-    flop = pairs * shape.num_heads * 2 * (shape.d_qk + shape.kv_lora_rank)
-    return Work(num_bytes, flop, max(num_bytes / bytes_per_s, flop / flop_per_s) * 1e3)
 
 
 @dataclass(frozen=True)
@@ -166,17 +51,23 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class AppendFigure:
-    """What writing new tokens into their pages takes: each row is read once and written once, at a slot of its own."""
+    """What writing new tokens into their pages takes: each row is read once and written once, at a slot of its own.
+
+    Attributes:
+        token_bytes: read per token: latent and rotated key.
+        row_bytes: written per token: the same in the pages' format.
+    """
 
     backend: str
     tokens: int
+    token_bytes: int
     row_bytes: int
     ms: float
 
     @property
     def TBps(self) -> float:
         """Bytes read and written over time, as a copy's are counted."""
-        return 2 * self.tokens * self.row_bytes / self.ms / 1e9
+        return self.tokens * (self.token_bytes + self.row_bytes) / self.ms / 1e9
 
 
 def spread(figures: Sequence[float]) -> float:
@@ -245,44 +136,63 @@ class Result:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What others need for a shape: milliseconds by name of the implementation."""
+    """What others need for a shape: milliseconds by name of the implementation, in a graph and of single cold calls."""
 
     floor_ms: float
     graph_ms: dict[str, float]
+    cold_ms: dict[str, float]
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether only single calls after an L2 flush were measured."""
+        return not self.graph_ms
 
     @property
     def best(self) -> tuple[str, float]:
-        """The fastest of them."""
-        name = min(self.graph_ms, key=self.graph_ms.__getitem__)
-        return name, self.graph_ms[name]
-
-
-ShapeKey = tuple[int, int, int, int, bool]
+        """The fastest of them in a graph; where none was measured in one, of cold calls."""
+        times = self.graph_ms or self.cold_ms
+        name = min(times, key=times.__getitem__)
+        return name, times[name]
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Anchors by (batch, seqlen_q, seqlen_k, num_heads, varlen), and what their device did at best."""
+    """Anchors by shape (of sparse ones: at SPARSE_SEQLEN_K), and what their device did at best."""
 
-    by_shape: dict[ShapeKey, Anchor]
+    by_shape: dict[DecodeShape, Anchor]
     ceilings: Ceilings | None
 
     def of(self, shape: DecodeShape) -> Anchor | None:
-        """The anchor of a shape. They are all of latents 512 + 64, whatever the page size."""
-        if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (512, 64):
-            return None
-        return self.by_shape.get((shape.batch, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.varlen))
+        """The anchor of a shape. They are all of latents 512 + 64, whatever the page size, and if sparse whatever the
+        length of the requests."""
+        seqlen_k = shape.seqlen_k if shape.topk is None else max(SPARSE_SEQLEN_K, shape.topk)
+        return self.by_shape.get(replace(shape, block_size=DecodeShape.block_size, seqlen_k=seqlen_k))
 
 
 def read_anchors(path: str | Path) -> Anchors:
-    """Anchors of a JSON file."""
+    """Anchors of a JSON file.
+
+    A row has `batch`, `seqlen_q`, `seqlen_k`, `num_heads`, `varlen`, `floor_ms` and by peer `graph_ms`, `cold_ms` or
+    both; of FP8 rows `fp8`, and of sparse calls `topk` in place of `seqlen_k`.
+    """
     content = json.loads(Path(path).read_text())
-    by_shape = {
-        (row["batch"], row["seqlen_q"], row["seqlen_k"], row["num_heads"], row["varlen"]): Anchor(
-            row["floor_ms"], {name: times["graph_ms"] for name, times in row["peers"].items()}
+    by_shape = {}
+    for row in content["shapes"]:
+        topk = row.get("topk")
+        shape = DecodeShape(
+            row["batch"],
+            row["seqlen_q"],
+            row["seqlen_k"] if topk is None else SPARSE_SEQLEN_K,
+            row["num_heads"],
+            row["varlen"],
+            fp8=row.get("fp8", False),
+            topk=topk,
         )
-        for row in content["shapes"]
-    }
+        graph_ms, cold_ms = (
+            {name: times[key] for name, times in row["peers"].items() if key in times}
+            for key in ("graph_ms", "cold_ms")
+        )
+        by_shape[shape] = Anchor(row["floor_ms"], graph_ms, cold_ms)
     found = content.get("ceilings")
     ceilings = found and Ceilings(
         found["copy_TBps"], found["read_TBps"], found["matmul_8192_bf16_TFLOPs"], found["graph_node_us"]
@@ -290,13 +200,23 @@ def read_anchors(path: str | Path) -> Anchors:
     return Anchors(by_shape, ceilings)
 
 
+def _unencoded(result: Result, results: Sequence[Result]) -> Result | None:
+    """What FP8 rows are set against: the same call on rows of the dtype, by the same backend or else the fastest."""
+    twin = replace(result.shape, fp8=False)
+    found = [other for other in results if (other.shape, other.dtype) == (twin, result.dtype)]
+    same = [other for other in found if other.backend == result.backend]
+    return min(same or found, key=lambda other: other.graph_ms, default=None)
+
+
 def compare(
-    results: Iterable[Result], anchors: Anchors | None = None, ceilings: Ceilings | None = None
+    results: Sequence[Result], anchors: Anchors | None = None, ceilings: Ceilings | None = None
 ) -> list[dict[str, Any]]:
     """Each result as plain values, with the fastest anchor of its shape and the anchors' Triton kernel.
 
-    `over_best` is time over time. `over_best_scaled` is the same of the products with the ceilings of either run; it is
-    there only if both are known.
+    `over_best` is time over time; `best_anchor_is_cold` says that both are of single calls after an L2 flush.
+    `over_best_scaled` is the same of the products with the ceilings of either run; it is there only if both are known.
+    Of FP8 rows, `over_unencoded` is the time over that of the same call on rows of the dtype, which `unencoded_backend`
+    ran in `unencoded_ms`.
     """
     rows = []
     for result in results:
@@ -304,22 +224,36 @@ def compare(
         bound = result.work.bound
         if ceilings is not None:
             row["product"] = round(ceilings.product(result.graph_ms, bound), 4)
+        beside = _unencoded(result, results) if result.shape.fp8 else None
+        if beside is not None:
+            row |= {
+                "unencoded_backend": beside.backend,
+                "unencoded_ms": round(beside.graph_ms, 5),
+                "over_unencoded": round(result.graph_ms / beside.graph_ms, 3),
+            }
         anchor = None if anchors is None else anchors.of(result.shape)
-        if anchors is not None and anchor is not None:
+        ours = result.cold_ms if anchor is not None and anchor.is_cold else result.graph_ms
+        if anchors is not None and anchor is not None and ours is not None:
             name, best_ms = anchor.best
             row |= {
                 "best_anchor": name,
                 "best_anchor_ms": best_ms,
+                "best_anchor_is_cold": anchor.is_cold,
                 "best_anchor_over_floor": round(best_ms / result.work.floor_ms, 3),
-                "over_best": round(result.graph_ms / best_ms, 3),
+                "over_best": round(ours / best_ms, 3),
                 "anchor_triton_ms": anchor.graph_ms.get("triton"),
             }
             if ceilings is not None and anchors.ceilings is not None:
                 theirs = anchors.ceilings.product(best_ms, bound)
                 row["best_anchor_product"] = round(theirs, 4)
-                row["over_best_scaled"] = round(ceilings.product(result.graph_ms, bound) / theirs, 3)
+                row["over_best_scaled"] = round(ceilings.product(ours, bound) / theirs, 3)
         rows.append(row)
     return rows
+
+
+def series_of(row: dict[str, Any]) -> str:
+    """Backend of a row and its format: what may stand in one mean."""
+    return f"{row['backend']}{' fp8' * row.get('fp8', False)}"
 
 
 def geometric_mean(figures: Iterable[float]) -> float | None:
@@ -329,26 +263,27 @@ def geometric_mean(figures: Iterable[float]) -> float | None:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means by class and backend, and over all classes, of rows from `compare`.
+    """Geometric means by class and backend, and over all classes, of rows from `compare`; FP8 rows are a backend "...
+    fp8" of their own.
 
-    Keys: class, backend, shapes (their number), over_floor; and over those of them that have an anchor: anchored (their
-    number), best_anchor_over_floor, over_best, over_best_scaled.
+    Keys: class, backend, shapes (their number), over_floor; over_unencoded over those with such a figure; and over
+    those of them that have an anchor: anchored (their number), best_anchor_over_floor, over_best, over_best_scaled.
     """
     summary = []
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    backends = list(dict.fromkeys(map(series_of, rows)))
     for name in (*CLASSES, "all"):
         for backend in backends:
             chosen = [
                 row
                 for row in rows
-                if row["backend"] == backend
-                and name in ("all", class_of(row["batch"], row["seqlen_q"], row["num_heads"]))
+                if series_of(row) == backend
+                and name in ("all", class_of(row["batch"], row["seqlen_q"], row["num_heads"], row["topk"]))
             ]
             if not chosen:
                 continue
             entry: dict[str, Any] = {"class": name, "backend": backend, "shapes": len(chosen)}
             entry["anchored"] = sum("over_best" in row for row in chosen)
-            for key in ("over_floor", "best_anchor_over_floor", "over_best", "over_best_scaled"):
+            for key in ("over_floor", "over_unencoded", "best_anchor_over_floor", "over_best", "over_best_scaled"):
                 mean = geometric_mean(row[key] for row in chosen if key in row)
                 entry[key] = None if mean is None else round(mean, 3)
             summary.append(entry)

@@ -2,7 +2,7 @@
 
 A GPU only: on anything else a time says nothing about the kernel. Times are device times of whole calls (decode and
 its merge; the split plan is made once outside, as in a model with many layers), in milliseconds. What they are set
-against is in `figures`.
+against is in `decode_shapes` and `figures`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..codec import encode_rows, row_layout
 from ..contract import UnsupportedError
-from ..ops import SplitPlan, append, backend_counts, decode, plan_splits
-from .check import WrongResultError, check_outputs
-from .figures import AppendFigure, Ceilings, DecodeShape, Result, work_of
+from ..ops import append, backend_counts, decode, plan_splits, sparse_decode
+from .check import WrongResultError, check_outputs, check_sparse_outputs
+from .decode_inputs import Inputs, make_inputs
+from .decode_shapes import DecodeShape, work_of
+from .figures import AppendFigure, Ceilings, Result
 
 __all__ = [
     "CallGraph",
-    "Inputs",
     "Timing",
     "calls_in_turns",
     "in_turns",
-    "make_inputs",
     "measure_ceilings",
     "time_append",
     "time_cold",
     "time_shape",
 ]
 
-# Bytes that the rotating page sets hold together at least: four times the L2 of an H200 (60 MB).
-ROTATION_BYTES = 240 * 10**6
-# Bytes written between two cold calls; four times the same L2.
+# Bytes written between two cold calls; four times the L2 of an H200 (60 MB).
 FLUSH_BYTES = 240 * 10**6
 # Requests and new tokens of each that append is timed with: 151 MB of rows, more than an L2 holds.
 APPEND_BATCH, APPEND_TOKENS = 128, 1024
@@ -66,67 +65,41 @@ class Timing:
     cold: bool = True
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A shape's tensors: several page sets in one pool, each with queries of its own."""
-
-    q: list[torch.Tensor]
-    kv_cache: torch.Tensor
-    block_table: list[torch.Tensor]
-    cache_seqlens: torch.Tensor
-
-
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         raise UnsupportedError("flash_mla.bench: measures a GPU, and torch sees none here")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def make_inputs(
-    shape: DecodeShape, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None, seed: int = 0
-) -> Inputs:
-    """Random queries and pages of a shape, in as many page sets as it takes to be out of L2 each time."""
-    device = device or _device()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    lengths = shape.lengths()
-    pages = [-(-length // shape.block_size) for length in lengths]
-    set_bytes = sum(pages) * shape.block_size * shape.d_qk * dtype.itemsize
-    num_sets = max(2, -(-ROTATION_BYTES // set_bytes))
-    num_blocks = num_sets * sum(pages)
-    kv_cache = torch.empty((num_blocks, shape.block_size, 1, shape.d_qk), dtype=dtype, device=device)
-    kv_cache.normal_(generator=generator)
-    order = torch.randperm(num_blocks, generator=generator, device=device).to(torch.int32)
-    begins = [0]
-    for count in pages:
-        begins.append(begins[-1] + count)
-    tables, queries = [], []
-    for index in range(num_sets):
-        own = order[index * sum(pages) : (index + 1) * sum(pages)]
-        table = torch.zeros((shape.batch, max(pages)), dtype=torch.int32, device=device)
-        for request, count in enumerate(pages):
-            table[request, :count] = own[begins[request] : begins[request] + count]
-        tables.append(table)
-        q = torch.empty((shape.batch, shape.seqlen_q, shape.num_heads, shape.d_qk), dtype=dtype, device=device)
-        queries.append(q.normal_(generator=generator))
-    return Inputs(queries, kv_cache, tables, torch.tensor(lengths, dtype=torch.int32, device=device))
+_Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _calls(
-    shape: DecodeShape, inputs: Inputs, plan: SplitPlan, backend: str | None
-) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
-    def call(index: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        return lambda: decode(
-            inputs.q[index],
-            inputs.kv_cache,
-            inputs.block_table[index],
-            inputs.cache_seqlens,
-            kv_lora_rank=shape.kv_lora_rank,
-            softmax_scale=shape.softmax_scale,
-            plan=plan,
-            backend=backend,
-        )
-
-    return [call(index) for index in range(len(inputs.q))]
+def _calls(shape: DecodeShape, inputs: Inputs, backend: str | None, deterministic: bool) -> list[_Call]:
+    """One call per page set; all share a split plan, which sparse calls have none of."""
+    same: dict[str, Any] = {
+        "kv_lora_rank": shape.kv_lora_rank,
+        "softmax_scale": shape.softmax_scale,
+        "backend": backend,
+    }
+    if shape.topk is not None:
+        return [
+            partial(sparse_decode, q, inputs.kv_cache, indices, **same)
+            for q, indices in zip(inputs.q, inputs.indices, strict=True)
+        ]
+    options: dict[str, Any] = {"deterministic": True} if deterministic else {}
+    plan = plan_splits(
+        inputs.q[0],
+        inputs.kv_cache,
+        inputs.block_table[0],
+        inputs.cache_seqlens,
+        kv_lora_rank=shape.kv_lora_rank,
+        backend=backend,
+        **options,
+    )
+    return [
+        partial(decode, q, inputs.kv_cache, block_table, inputs.cache_seqlens, plan=plan, **same)
+        for q, block_table in zip(inputs.q, inputs.block_table, strict=True)
+    ]
 
 
 def calls_in_turns(num_sets: int, turn_ms: float) -> int:
@@ -222,41 +195,35 @@ def time_cold(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> float:
 class _Variant:
     """One backend on one shape, planned, compiled, perhaps checked, and captured."""
 
+    shape: DecodeShape
     backend: str
-    calls: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+    calls: list[_Call]
     graph: CallGraph
     error_over_plain: float | None
+
+
+def _backend_of(op: str, call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call returns (its first one compiles), and the backend that ran it."""
+    before = backend_counts()
+    returned = call()
+    counts = backend_counts().items()
+    return returned, next(key[1] for key, count in counts if key[0] == op and count > before.get(key, 0))
+
+
+def _check(shape: DecodeShape, inputs: Inputs, out: torch.Tensor) -> float:
+    same: dict[str, Any] = {"kv_lora_rank": shape.kv_lora_rank, "softmax_scale": shape.softmax_scale}
+    if shape.topk is not None:
+        return check_sparse_outputs(out, inputs.q[0], inputs.kv_cache, inputs.indices[0], **same)
+    return check_outputs(out, inputs.q[0], inputs.kv_cache, inputs.block_table[0], shape.lengths(), **same)
 
 
 def _prepare(
     shape: DecodeShape, inputs: Inputs, backend: str | None, check: bool | None, deterministic: bool
 ) -> _Variant:
-    options: dict[str, Any] = {"deterministic": True} if deterministic else {}
-    plan = plan_splits(
-        inputs.q[0],
-        inputs.kv_cache,
-        inputs.block_table[0],
-        inputs.cache_seqlens,
-        kv_lora_rank=shape.kv_lora_rank,
-        backend=backend,
-        **options,
-    )
-    calls = _calls(shape, inputs, plan, backend)
-    before = backend_counts()
-    out, _ = calls[0]()  # compiles
-    ran = next(key[1] for key, count in backend_counts().items() if key[0] == "decode" and count > before.get(key, 0))
-    error = None
-    if check or (check is None and ran == "cuda"):
-        error = check_outputs(
-            out,
-            inputs.q[0],
-            inputs.kv_cache,
-            inputs.block_table[0],
-            shape.lengths(),
-            kv_lora_rank=shape.kv_lora_rank,
-            softmax_scale=shape.softmax_scale,
-        )
-    return _Variant(ran, calls, CallGraph(calls), error)
+    calls = _calls(shape, inputs, backend, deterministic)
+    (out, _), ran = _backend_of("decode" if shape.topk is None else "sparse_decode", calls[0])
+    error = _check(shape, inputs, out) if check or (check is None and ran == "cuda") else None
+    return _Variant(shape, ran, calls, CallGraph(calls), error)
 
 
 def time_shape(
@@ -270,23 +237,25 @@ def time_shape(
     """Build a shape's inputs and time backends on them in turns.
 
     Args:
+        shape: with `fp8`, the same shape on rows of `dtype` takes part in the turns.
         backends: names; None: the first that accepts.
         timing: None: the defaults.
         check: compare a few requests with fp64 first; None: those of backend "cuda".
-        deterministic: as in `plan_splits`.
-    Returns: results in the order of `backends`; by name of shape and backend, why there is none: no backend accepts,
-        memory does not suffice, or the result was wrong.
+        deterministic: as in `plan_splits`; sparse calls have no plan.
+    Returns: results in the order of `backends`, those on rows of `dtype` first; by name of shape and backend, why there
+        is none: no backend accepts, memory does not suffice, or the result was wrong.
     """
     timing = timing or Timing()
-    inputs = make_inputs(shape, dtype)
     variants: dict[str, _Variant] = {}
     failed: dict[str, str] = {}
-    for backend in backends:
-        name = backend or "auto"
-        try:
-            variants[name] = _prepare(shape, inputs, backend, check, deterministic)
-        except (UnsupportedError, WrongResultError, torch.OutOfMemoryError) as error:
-            failed[f"{shape.name}, {name}"] = str(error)
+    for each in (replace(shape, fp8=False), shape) if shape.fp8 else (shape,):
+        inputs = make_inputs(each, dtype, _device())
+        for backend in backends:
+            name = f"{each.name}, {backend or 'auto'}"
+            try:
+                variants[name] = _prepare(each, inputs, backend, check, deterministic)
+            except (UnsupportedError, WrongResultError, torch.OutOfMemoryError) as error:
+                failed[name] = str(error)
 
     bursts = {name: partial(variant.graph.burst, timing.burst_s) for name, variant in variants.items()}
     rounds = in_turns(bursts, timing.rounds, timing.pause_s)
@@ -296,12 +265,12 @@ def time_shape(
     sustained = in_turns(long, 1, timing.pause_s) if timing.sustained_s > 0 else {}
     results = [
         Result(
-            shape,
+            variant.shape,
             variant.backend,
             str(dtype).removeprefix("torch."),
             statistics.median(rounds[name]),
             cold.get(name),
-            work_of(shape, dtype.itemsize),
+            work_of(variant.shape, dtype.itemsize),
             tuple(rounds[name]),
             sustained[name][0] if sustained else None,
             variant.error_over_plain,
@@ -317,26 +286,34 @@ def time_append(
     kv_lora_rank: int = 512,
     qk_rope_head_dim: int = 64,
     block_size: int = 64,
+    fp8: bool = False,
 ) -> AppendFigure:
     """Time `append` of APPEND_BATCH x APPEND_TOKENS new rows, in random order, to the pages of a pool.
 
-    Raises: WrongResultError: a row did not arrive where its slot says.
+    Args:
+        dtype: of what comes, and of the pages' rows unless `fp8`.
+        fp8: encode the tokens as FP8 rows while they are written.
+    Raises: WrongResultError: a row did not arrive where its slot says, or not with the bytes that it must have.
     """
     timing = timing or Timing()
     device = _device()
     tokens, d_qk = APPEND_BATCH * APPEND_TOKENS, kv_lora_rank + qk_rope_head_dim
     new = torch.randn(APPEND_BATCH, APPEND_TOKENS, 1, d_qk, dtype=dtype, device=device)
     latent, k_rope = (part.contiguous() for part in new.split((kv_lora_rank, qk_rope_head_dim), dim=-1))
-    kv_cache = torch.zeros(-(-tokens // block_size), block_size, 1, d_qk, dtype=dtype, device=device)
+    rows, end = new, d_qk  # what must arrive, and up to where: padding has no content
+    if fp8:
+        rows, end = encode_rows(latent, k_rope), row_layout(kv_lora_rank, qk_rope_head_dim).end
+    rows = rows.flatten(0, 2)
+    row_size = rows.shape[-1]
+    kv_cache = torch.zeros(-(-tokens // block_size), block_size, 1, row_size, dtype=rows.dtype, device=device)
     slots = torch.randperm(tokens, device=device).view(APPEND_BATCH, APPEND_TOKENS)
-    before = backend_counts()
-    append(kv_cache, latent, k_rope, slots)  # compiles
-    ran = next(key[1] for key, count in backend_counts().items() if key[0] == "append" and count > before.get(key, 0))
-    if not torch.equal(kv_cache.view(-1, d_qk)[slots.flatten()], new.view(-1, d_qk)):
+    _, ran = _backend_of("append", lambda: append(kv_cache, latent, k_rope, slots))
+    if not torch.equal(kv_cache.view(-1, row_size)[slots.flatten(), :end], rows[:, :end]):
         raise WrongResultError("append: a row of the pool is not the one that was sent to its slot")
     graph = CallGraph([lambda: append(kv_cache, latent, k_rope, slots)])
     rounds = in_turns({"append": partial(graph.burst, timing.burst_s)}, timing.rounds, timing.pause_s)
-    return AppendFigure(ran, tokens, d_qk * dtype.itemsize, statistics.median(rounds["append"]))
+    token_bytes, row_bytes = d_qk * dtype.itemsize, row_size * rows.itemsize
+    return AppendFigure(ran, tokens, token_bytes, row_bytes, statistics.median(rounds["append"]))
 
 
 def measure_ceilings(timing: Timing | None = None) -> Ceilings:

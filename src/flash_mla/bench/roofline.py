@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import FLOOR_BYTES_PER_S, FLOOR_FLOP_PER_S
+from .decode_shapes import FLOOR_BYTES_PER_S, FLOOR_FLOP_PER_S, name_of
 
 __all__ = ["Point", "draw_roofline", "points_of", "require_matplotlib", "roofs_of", "spaced"]
 
@@ -33,16 +33,12 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def _shape_of(row: dict[str, Any]) -> str:
-    return f"b{row['batch']} q{row['seqlen_q']} k{row['seqlen_k']} h{row['num_heads']}{' varlen' * row['varlen']}"
-
-
 def points_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[Point]]:
     """Names of the shapes in order, and a point per row and per best anchor; shapes are numbered from 1."""
-    names = list(dict.fromkeys(_shape_of(row) for row in rows))
+    names = list(dict.fromkeys(name_of(row) for row in rows))
     points: dict[tuple[str, int], Point] = {}
     for row in rows:
-        number = names.index(_shape_of(row)) + 1
+        number = names.index(name_of(row)) + 1
         intensity = row["TFLOPs"] * 1e3 / row["GBps"]
         points[row["backend"], number] = (row["backend"], number, intensity, row["TFLOPs"])
         if "best_anchor_ms" in row:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from .options import console, device_of, dtype_of, stop
+
+if TYPE_CHECKING:
+    from ..bench.decode_shapes import DecodeShape
+    from ..bench.figures import Anchors
 
 __all__ = ["bench"]
 
@@ -37,7 +41,9 @@ class CacheKind(str, Enum):
 
 @bench.command()
 def kernel(
-    batch: Annotated[int | None, typer.Option(min=1, help="Requests. Without it: every shape of the anchors.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests. Without it: every shape of the anchors, or a list of its own.")
+    ] = None,
     seqlen_k: Annotated[int, typer.Option(min=1, help="Tokens in the cache per request.")] = 4096,
     num_heads: Annotated[int, typer.Option(min=1)] = 128,
     seqlen_q: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 1,
@@ -45,6 +51,10 @@ def kernel(
     kv_lora_rank: Annotated[int, typer.Option(min=16)] = 512,
     qk_rope_head_dim: Annotated[int, typer.Option(min=16)] = 64,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per page.")] = 64,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Caches of FP8 rows, beside rows of dtype in turns.")] = False,
+    topk: Annotated[
+        int | None, typer.Option(min=1, help="Sparse: each query reads so many random rows of its request.")
+    ] = None,
     anchors: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="What others need, to compare with.")
     ] = None,
@@ -70,17 +80,31 @@ def kernel(
 ) -> None:
     """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
     from ..bench import kernel as bench_kernel
-    from ..bench.figures import SHAPES, DecodeShape, compare, read_anchors, summarize
+    from ..bench.check import WrongResultError
+    from ..bench.decode_shapes import DecodeShape
+    from ..bench.figures import compare, read_anchors, summarize
     from ..bench.report import machine, write_report
     from ..bench.roofline import draw_roofline, require_matplotlib
+    from ..codec import row_layout
+    from ..contract import UnsupportedError
     from .tables import class_table, kernel_table, losses
 
     known = read_anchors(anchors) if anchors is not None else None
-    if batch is not None:
-        one = DecodeShape(batch, seqlen_q, seqlen_k, num_heads, varlen, kv_lora_rank, qk_rope_head_dim, block_size)
-        shapes = [one]
-    else:
-        shapes = [DecodeShape(*key) for key in known.by_shape] if known is not None else list(SHAPES)
+    latent = (kv_lora_rank, qk_rope_head_dim, block_size)
+    if topk is not None and varlen:
+        raise typer.BadParameter("reads topk rows whatever the length: not with --varlen", param_hint="--topk")
+    try:
+        if batch is not None:
+            shapes = [DecodeShape(batch, seqlen_q, seqlen_k, num_heads, varlen, *latent, fp8, topk)]
+        else:
+            shapes = _listed(known, fp8, topk)
+        appends = ([False, True] if any(shape.fp8 for shape in shapes) else [False]) if append else []
+        if True in appends:
+            row_layout(kv_lora_rank, qk_rope_head_dim)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if deterministic and any(shape.topk is not None for shape in shapes):
+        raise typer.BadParameter("is about split plans, and sparse calls have none", param_hint="--deterministic")
     kind, names = dtype_of(dtype, None), _backends(backend)
     if plot is not None:
         if plot.suffix != ".png":
@@ -95,8 +119,13 @@ def kernel(
     timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
     head = machine(where)
     at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
-    appended = bench_kernel.time_append(kind, timing, kv_lora_rank, qk_rope_head_dim, block_size) if append else None
-    results, failed = [], dict[str, str]()
+    results, appended, failed = [], {}, dict[str, str]()
+    for to_fp8 in appends:
+        name = f"append{' fp8' * to_fp8}"
+        try:
+            appended[name] = bench_kernel.time_append(kind, timing, *latent, to_fp8)
+        except (UnsupportedError, WrongResultError) as error:
+            failed[name] = str(error)
     for shape in shapes:
         torch.cuda.empty_cache()
         try:
@@ -107,7 +136,7 @@ def kernel(
         failed |= refused
         # As it comes: a later shape may end the process.
         for result in measured:
-            typer.echo(f"{shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
+            typer.echo(f"{result.shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
     rows = compare(results, known, at_best)
     summary = summarize(rows)
     console.print(kernel_table(rows, head["device"]))
@@ -120,31 +149,50 @@ def kernel(
             f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
             f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
         )
-    if appended is not None:
+    for name, figure in appended.items():
+        came = f", from {figure.token_bytes:,} each," * (figure.token_bytes != figure.row_bytes)
         typer.echo(
-            f"append, {appended.backend}: {appended.tokens:,} rows of {appended.row_bytes:,} bytes in "
-            f"{appended.ms:.4f} ms, {appended.TBps:.2f} TB/s read and written"
+            f"{name}, {figure.backend}: {figure.tokens:,} rows of {figure.row_bytes:,} bytes{came} in "
+            f"{figure.ms:.4f} ms, {figure.TBps:.2f} TB/s read and written"
         )
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
         **head,
-        "what": "ops.decode by shape; method: flash_mla.bench.kernel",
+        "what": "ops.decode (with topk: ops.sparse_decode) by shape; method: flash_mla.bench.kernel",
         "timing": {**asdict(timing), "deterministic": deterministic},
         "ceilings": None if at_best is None else asdict(at_best),
-        "append": None if appended is None else {**asdict(appended), "TBps": round(appended.TBps, 3)},
+        **{
+            key: {**asdict(appended[name]), "TBps": round(appended[name].TBps, 3)} if name in appended else None
+            for key, name in (("append", "append"), ("append_fp8", "append fp8"))
+        },
         "anchors": str(anchors) if anchors is not None else None,
         "anchor_ceilings": asdict(known.ceilings) if known is not None and known.ceilings is not None else None,
         "rows": rows,
         "summary": summary,
         "not_measured": failed,
     }
-    stem = "kernel" if batch is None else f"kernel-{shapes[0].name}"
+    listed = f"kernel{'-fp8' * fp8}{'' if topk is None else f'-top{topk}'}"
+    stem = listed if batch is None else f"kernel-{shapes[0].name}"
     typer.echo(f"wrote {write_report(out, stem, report)}")
     if plot is not None and rows:
         typer.echo(f"wrote {draw_roofline(report, plot)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _listed(known: Anchors | None, fp8: bool, topk: int | None) -> list[DecodeShape]:
+    """The shapes to measure where none is given: those of the anchors (with `topk`: those that have it), or ours."""
+    from ..bench.decode_shapes import FP8_SHAPES, SHAPES, sparse_shapes
+
+    if known is None:
+        if topk is not None:
+            return list(sparse_shapes(topk, fp8))
+        return list(FP8_SHAPES if fp8 else SHAPES)
+    shapes = [shape for shape in known.by_shape if topk in (None, shape.topk)]
+    if not shapes:
+        raise typer.BadParameter(f"no shape of the anchors has topk={topk}; --batch gives one", param_hint="--topk")
+    return list(dict.fromkeys(replace(shape, fp8=shape.fp8 or fp8) for shape in shapes))
 
 
 def _backends(names: str | None) -> list[str | None]:

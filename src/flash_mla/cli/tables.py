@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..bench.figures import FLAGGED
+from ..bench.decode_shapes import name_of
+from ..bench.figures import FLAGGED, series_of
 
 if TYPE_CHECKING:
     from ..bench.generate import GenerateResult
@@ -22,6 +23,9 @@ __all__ = [
     "new_table",
     "ran",
 ]
+
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def new_table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
@@ -98,10 +102,6 @@ def device_time_table(rows: list[GenerateResult] | list[LayerResult]) -> Table:
     return table
 
 
-def _shape(row: dict[str, Any]) -> str:
-    return f"b{row['batch']} q{row['seqlen_q']} k{row['seqlen_k']} h{row['num_heads']}{' varlen' * row['varlen']}"
-
-
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -111,11 +111,21 @@ def _ratio(row: dict[str, Any]) -> float:
     return float(row["over_best_scaled"] if "over_best_scaled" in row else row["over_best"])
 
 
+def _over_unencoded(row: dict[str, Any]) -> str:
+    """FP8 rows over rows of the dtype, with the backend of the latter where it is another."""
+    if "over_unencoded" not in row:
+        return "-"
+    other = row["unencoded_backend"]
+    return f"{row['over_unencoded']:.3f}" + (f" ({other})" if other != row["backend"] else "")
+
+
 def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
     """Measured decode shapes from `bench.figures.compare`: a ratio above 1 to the best anchor is a loss and says so."""
     compared = any("over_best" in row for row in rows)
     scaled = any("over_best_scaled" in row for row in rows)
     sustained = any(row["sustained_ms"] is not None for row in rows)
+    encoded = any("over_unencoded" in row for row in rows)
+    dtype = rows[0]["dtype"] if rows else ""
     columns = (
         "shape",
         "backend",
@@ -127,11 +137,12 @@ def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
         "TFLOP/s",
         "x floor",
     )
-    columns += ("% floor", *(("best", "best ms", "/ best") * compared), *(("scaled",) * scaled))
-    table = new_table(f"decode, {rows[0]['dtype'] if rows else ''}, {device}", columns, 2)
+    columns += ("% floor", *((f"FP8 / {SHORT_DTYPES.get(dtype, dtype)}",) * encoded))
+    columns += (*(("best", "best ms", "/ best") * compared), *(("scaled",) * scaled))
+    table = new_table(f"decode, {dtype}, {device}", columns, 2)
     for row in rows:
         cells = [
-            _shape(row),
+            name_of(row),
             row["backend"],
             f"{row['graph_ms']:.4f}",
             _number(None if row["spread"] is None else row["spread"] * 100, 1),
@@ -141,9 +152,11 @@ def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
             f"{row['TFLOPs']:.0f}",
             f"{row['over_floor']:.2f}",
             f"{row['percent_of_floor']:.0f}",
+            *([_over_unencoded(row)] * encoded),
         ]
         if "over_best" in row:
-            cells += [row["best_anchor"], f"{row['best_anchor_ms']:.4f}", f"{row['over_best']:.2f}"]
+            best_ms = f"{row['best_anchor_ms']:.4f}{' cold' * row['best_anchor_is_cold']}"
+            cells += [row["best_anchor"], best_ms, f"{row['over_best']:.2f}"]
             cells += [_number(row.get("over_best_scaled"), 2)] * scaled
             ratio = _ratio(row)
             cells[-1] += " SLOWER" if ratio > FLAGGED else " slower" if ratio > 1 else " faster"
@@ -156,7 +169,9 @@ def kernel_table(rows: list[dict[str, Any]], device: str) -> Table:
 
 def class_table(summary: list[dict[str, Any]]) -> Table:
     """Geometric means from `bench.figures.summarize`; those of the anchors over the same shapes."""
-    columns = ("class", "backend", "shapes", "x floor", "best anchor, x floor", "/ best", "scaled")
+    encoded = any(entry["over_unencoded"] is not None for entry in summary)
+    columns = ("class", "backend", "shapes", "x floor", *(("FP8 / unencoded",) * encoded))
+    columns += ("best anchor, x floor", "/ best", "scaled")
     table = new_table("geometric means", columns, 2)
     for entry in summary:
         table.add_row(
@@ -164,6 +179,7 @@ def class_table(summary: list[dict[str, Any]]) -> Table:
             entry["backend"],
             str(entry["shapes"]) + f" ({entry['anchored']} anchored)" * (0 < entry["anchored"] < entry["shapes"]),
             _number(entry["over_floor"], 3),
+            *([_number(entry["over_unencoded"], 3)] * encoded),
             _number(entry["best_anchor_over_floor"], 3),
             _number(entry["over_best"], 3),
             _number(entry["over_best_scaled"], 3),
@@ -174,8 +190,8 @@ def class_table(summary: list[dict[str, Any]]) -> Table:
 def losses(rows: list[dict[str, Any]]) -> list[str]:
     """One line per backend: how many shapes are won and which are lost against the best anchor."""
     lines = []
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        ratios = {_shape(row): _ratio(row) for row in rows if row["backend"] == backend and "over_best" in row}
+    for backend in dict.fromkeys(map(series_of, rows)):
+        ratios = {name_of(row): _ratio(row) for row in rows if series_of(row) == backend and "over_best" in row}
         if not ratios:
             continue
         lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio > 1]
