@@ -85,6 +85,26 @@ def test_indices() -> None:
         sparse([0, 1], topk_length=3)
 
 
+def test_decode_steps_of_a_model_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that would go by what the step before found out."""
+    from tiny_models import MLA, build, need, prompt
+
+    from flash_mla import PagedLatentCache
+
+    assert MLA["kv_lora_rank"] == 32
+    config = need("deepseek_v3").config(need("deepseek_v3").load())
+    config.kv_lora_rank = 128
+    model = build("deepseek_v3", "flash_mla", config=config)
+    cache, ids = PagedLatentCache(config, dtype="fp8"), prompt((30, 30))["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        layer = cache.layers[1]
+        layer.kv_cache[int(layer.state.block_table[0, 0]), 3, 0, 128:132] = 0xFF
+        with pytest.raises(ValueError, match="scales of FP8 rows must be finite and above 0, got nan"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_MLA_DEBUG", "0")
     sparse([0, 128])

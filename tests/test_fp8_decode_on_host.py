@@ -176,6 +176,17 @@ def test_every_code_and_scales_far_apart(on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
+def test_subnormal_codes_alone(on_host: OnHost) -> None:
+    """A latent of nothing but 2^-9, the smallest code, under scales of 2^9: all ones."""
+    problem = fp8(Case("subnormal", (70,), num_heads=4, **SHAPE))
+    for page in problem.block_table[0, :2].tolist():
+        problem.kv_cache[page, :, :, :512] = 1
+        problem.kv_cache[page, :, :, 512:528] = torch.full((4,), 512.0).view(torch.uint8)
+    out, lse = decode(problem, whole(problem))
+    assert bool((out == 1).all())
+    assert_right(problem, out, lse)
+
+
 def test_what_is_not_finite_comes_out(on_host: OnHost) -> None:
     """A scale that is NaN, which a writer gives to columns that are not finite, makes its request NaN and no other."""
     problem = fp8(Case("NaN", (70, 70), num_heads=4, **SHAPE))

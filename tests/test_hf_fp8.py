@@ -196,7 +196,6 @@ def test_wrong_options(name):
 
 NOWHERE = {
     "no cache": ({"use_cache": False}, "use_cache=False"),
-    "a paged cache": ({"past_key_values": "paged"}, "a cache was given: give them to PagedLatentCache"),
     "Transformers' cache": ({"past_key_values": "dynamic"}, "a cache was given"),
 }
 
@@ -205,10 +204,37 @@ NOWHERE = {
 def test_options_that_nobody_would_obey(name):
     more, message = NOWHERE[name]
     model = model_of("flash_mla")
-    caches = {"paged": PagedLatentCache(model.config), "dynamic": DynamicCache(config=model.config)}
+    caches = {"dynamic": DynamicCache(config=model.config)}
     more = {key: caches.get(value, value) for key, value in more.items()}
     with pytest.raises(ValueError, match=f"makes none here: {message}"):
         model.generate(**prompt((9, 5)), max_new_tokens=3, **FP8, **more)
+
+
+def test_options_of_a_second_turn():
+    """They describe the cache that is given, as a generation config of every turn does; or are refused."""
+    model = model_of("flash_mla")
+    model.generation_config.cache_config = {"dtype": "fp8", "block_size": 16}
+    first = model.generate(**prompt((9, 9)), max_new_tokens=3, return_dict_in_generate=True)
+    ids, cache = first.sequences, first.past_key_values
+    again = model.generate(input_ids=ids, max_new_tokens=3, past_key_values=cache)
+    assert again.shape[1] == ids.shape[1] + 3
+    with pytest.raises(ValueError, match="asks for block_size=64, the cache that was given has 16"):
+        model.generate(input_ids=again, max_new_tokens=3, past_key_values=cache, cache_config={"block_size": 64})
+    with pytest.raises(ValueError, match="asks for dtype='fp8', the cache that was given has None"):
+        model.generate(**prompt((9, 5)), max_new_tokens=3, past_key_values=PagedLatentCache(model.config), **FP8)
+
+
+@pytest.mark.parametrize("assistant_rank", [RANK, 32])
+def test_assisted_decoding(assistant_rank):
+    """The assistant is handed the main model's options and does not take them: what it drafts is only a draft."""
+    ours, inputs = model_of("flash_mla"), prompt((61,))
+    module = importlib.import_module("transformers.models.deepseek_v3")
+    config = module.DeepseekV3Config(
+        **TEXT, **MOE, **{**MLA, "kv_lora_rank": assistant_rank}, num_hidden_layers=3, first_k_dense_replace=2
+    )
+    assistant = build("deepseek_v3", "flash_mla", seed=5, config=config)
+    wanted = expected(inputs, as_stored=100, assistant_model=assistant)
+    assert greedy(ours, inputs, assistant_model=assistant, **FP8).tolist() == wanted.tolist()
 
 
 def test_a_family_with_its_own_cache_says_so():

@@ -24,7 +24,7 @@ from tiny_models import (
     prompt,
     text_type,
 )
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import flash_mla
 from flash_mla import PagedLatentCache
@@ -254,6 +254,118 @@ def test_a_mask_of_another_width_stores_nothing():
         ours(input_ids=ids, past_key_values=cache)
     new, _ = cache.update(torch.ones(2, 1, 1, 32), torch.ones(2, 1, 1, 8), 0)
     module, mask = ours.model.layers[0].self_attn, torch.ones(2, 1, 1, 29, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"attention_mask must be .*one of \[1, 31\] positions\]"):
-        sparse.sparse(module, torch.ones(2, 4, 1, 28), new, mask, 0.0, 0.1, {"indices": torch.zeros(2, 1, 8).int()})
+    for wrong in (mask, mask[..., :1], torch.ones(2, 4, 1, 31, dtype=torch.bool)):  # short, one position, by head
+        with pytest.raises(ValueError, match=r"attention_mask must be .*num_heads=1 or 1.*one of \[31\] positions\]"):
+            sparse.sparse(
+                module, torch.ones(2, 4, 1, 28), new, wrong, 0.0, 0.1, {"indices": torch.zeros(2, 1, 8).int()}
+            )
     assert cache.get_seq_length() == 30
+
+
+def test_an_additive_mask_is_added():
+    """Finite biases say more than what is visible: the context is gathered, as for any mask of one's own."""
+    eager, ours = pair("deepseek_v32")
+    for model in (eager, ours):
+        for layer in model.model.layers:
+            layer.self_attn.indexer.index_topk = 64  # no ties at its boundary
+    ids = prompt((30, 30))["input_ids"]
+    bias = torch.zeros(2, 1, 1, 31).index_fill_(3, torch.arange(0, 31, 2), -3.0)
+    logits = []
+    for model, cache in ((eager, DynamicCache(config=eager.config)), (ours, PagedLatentCache(ours.config))):
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+            logits.append(model(input_ids=ids[:, :1], past_key_values=cache, attention_mask=bias).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+
+
+class OddLinear(torch.nn.Linear):
+    """Not plain: its matrix is found by applying it."""
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}, {"compiled": True}], ids=str)
+def test_layers_that_share_latents_have_their_own_matrices(more):
+    need("mistral_large4")
+    eager, ours = pair("mistral_large4")
+    for layer in ours.model.language_model.layers:
+        layer.self_attn.kv_b_proj.__class__ = OddLinear
+    inputs = prompt()
+    if more.pop("compiled", False):
+        torch._dynamo.reset()
+        config = CompileConfig(backend="aot_eager", mode="default")
+        config._compile_all_devices = True
+        more = {"cache_implementation": "static", "compile_config": config}
+    wanted = greedy(eager, inputs, **{key: value for key, value in more.items() if key != "compile_config"})
+    assert greedy(ours, inputs, **more).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "mistral_large4"])
+def test_rows_are_repeated(name):
+    need(name)
+    ours = build(name, "flash_mla")
+    ids = prompt((30, 30))["input_ids"]
+    rows = torch.tensor([0, 0, 1, 1])
+    cache, whole = PagedLatentCache(ours.config), PagedLatentCache(ours.config)
+    with torch.no_grad():
+        ours(input_ids=ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        ours(input_ids=ids[rows], past_key_values=whole)
+        last = ids[rows, :1]
+        torch.testing.assert_close(
+            ours(input_ids=last, past_key_values=cache).logits, ours(input_ids=last, past_key_values=whole).logits
+        )
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 64], ids=["growing", "fixed"])
+def test_a_forward_that_stops_behind_the_indexer_is_found_out(max_cache_len):
+    ours = build("deepseek_v32", "flash_mla")
+    ids = prompt((30, 30))["input_ids"]
+    cache = PagedLatentCache(ours.config, max_cache_len=max_cache_len)
+    with torch.no_grad():
+        ours(input_ids=ids, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="size"):
+            ours(input_ids=ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 29).bool())
+        with pytest.raises(ValueError, match=r"stopped in layer 0 between its indexer and its attention.*reset\(\)"):
+            ours(input_ids=ids[:, :1], past_key_values=cache)
+        cache.reset()
+        found = ours(input_ids=ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, ours(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fixed_cache_goes_from_mode_to_mode():
+    ours = build("deepseek_v32", "flash_mla")
+    ids = prompt((30, 30))["input_ids"]
+    cache, other = (PagedLatentCache(ours.config, max_cache_len=64) for _ in range(2))
+    with torch.inference_mode():
+        ours(input_ids=ids, past_key_values=cache)
+    with torch.no_grad():
+        ours(input_ids=ids, past_key_values=other)
+        found = ours(input_ids=ids[:, :1], past_key_values=cache).logits
+        torch.testing.assert_close(found, ours(input_ids=ids[:, :1], past_key_values=other).logits)
+
+
+def test_an_indexer_past_the_capacity_writes_nowhere_else():
+    """A compiled step cannot ask for room; `validate` tells afterwards."""
+    layer = PagedLatentCache(build("deepseek_v32", "flash_mla").config, max_cache_len=4).layers[0]
+    keys = layer.update_indexer(torch.arange(8.0).view(2, 4, 1))
+    layer.update_indexer(torch.full((2, 1, 1), 9.0))
+    assert keys[:, :, 0].tolist() == [[0, 1, 2, 9], [4, 5, 6, 9]]
+
+
+def test_a_step_finds_its_slots_once(monkeypatch):
+    """The mask is applied once per forward; layers with another one's choice take its slots."""
+    need("glm_moe_dsa")
+    ours = build("glm_moe_dsa", "flash_mla")
+    made = []
+    original = torch.nn.functional.pad
+    monkeypatch.setattr("torch.nn.functional.pad", lambda *args, **more: (made.append(1), original(*args, **more))[1])
+    slots = []
+    decode = flash_mla.ops.sparse_decode
+    monkeypatch.setattr(
+        "flash_mla.ops.sparse_decode",
+        lambda q, pool, named, **more: (slots.append(named), decode(q, pool, named, **more))[1],
+    )
+    ours.generate(**prompt(), max_new_tokens=3, do_sample=False)
+    first, second, third = slots[-3:]  # full, shared, full
+    assert first is second
+    assert third is not second
+    assert len(made) == 2

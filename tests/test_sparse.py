@@ -297,3 +297,20 @@ def test_compiled_into_one_graph() -> None:
     compiled = torch.compile(lambda p: p.run(), fullgraph=True, backend="aot_eager")
     wanted, found = problem.run(), compiled(problem)
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_plan_of_full_lengths_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It depends on the shape alone, and is the same for every layer of every step."""
+    from flash_mla.backends import triton as backend
+
+    made = []
+    original = backend.plan
+    monkeypatch.setattr(backend, "plan", lambda *arguments: (made.append(1), original(*arguments))[1])
+    monkeypatch.setattr(backend, "_whole", {})
+    dtype = next(dtype for name, dtype in SPARSE_BACKENDS if name == "triton")
+    problem = make(Case("kept", 2048, batch=1), dtype)
+    for _ in range(3):
+        assert_right(problem, *problem.run("triton"))
+    assert len(made) == 1
+    assert_right(make(Case("other", 64, batch=3), dtype), *make(Case("other", 64, batch=3), dtype).run("triton"))
+    assert len(made) == 2

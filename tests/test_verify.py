@@ -378,3 +378,13 @@ def test_command_on_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,000x" in shown
     assert f"{report['rows'][1]['errors']['fp8 pages']:.4f}" in shown
     assert "a layer has no text and no tokens" in run("tiny-layer", "--min-agreement", 0.5, code=1).stderr
+
+
+def test_every_part_of_a_composite_model_gets_its_attention_back():
+    need("kimi_k25")
+    model = build("kimi_k25", {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+    ids = prompt((20,))["input_ids"]
+    verify(model, ids, prompt_tokens=12, cache="model")
+    config = model.config
+    found = (config._attn_implementation, *(c._attn_implementation for c in (config.text_config, config.vision_config)))
+    assert found == ("sdpa", "eager", "sdpa")

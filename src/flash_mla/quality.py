@@ -218,6 +218,14 @@ def _counted_since(before: dict[tuple[str, str], int], now: dict[tuple[str, str]
     return {key: count for key, count in grown.items() if count}
 
 
+def _attention_of(config: Any) -> str | dict[str, str]:
+    """What `set_attn_implementation` takes to put a model's attention back: by sub-config where it has some."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()}
+    found = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    own: str = config._attn_implementation
+    return {"": own, **found} if found else own
+
+
 def verify(
     model: Any,
     input_ids: torch.Tensor,
@@ -252,7 +260,7 @@ def verify(
         plans[-1][2]()  # refused here, before minutes are spent
     with_latents = [layer.index for layer in PagedLatentCache(model.config).paged_layers]
     targets = input_ids[0, prompt_tokens + 1 :].cpu()
-    positions, before = len(targets), text_config._attn_implementation
+    positions, before = len(targets), _attention_of(model.config)
     runs, logits = [], {}
     try:
         for name, attn, make in plans:

@@ -83,10 +83,10 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.state: PagedState | None = None
         self.kv_lora_rank = 0
         self.qk_rope_head_dim = 0
-        # The up-projection of a module that is not a plain linear layer, as a matrix (hf/absorb.py). It is kept here so
-        # that it dies with the generation; the key says which numbers and adapters it was made from.
-        self.absorbed_key: object = None
-        self.absorbed: torch.Tensor | None = None
+        # Up-projections of modules that are not plain linear layers, as matrices (hf/absorb.py), by the module's layer:
+        # layers that share keys and values have each its own. They are kept here so that they die with the generation;
+        # the key says which numbers and adapters a matrix was made from.
+        self.absorbed: dict[int, tuple[object, torch.Tensor | None]] = {}
         # What the last decode step found out for the next one (hf/step.py).
         self.step: Any = None
 
@@ -189,13 +189,17 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def begin(self, new: Latents, valid: torch.Tensor | None) -> None:
         """Make room for new tokens; the leader moves the shared state on. Arguments as of `write`; `store` follows."""
+        assert self.state is not None
+        if self.is_leader and self.state.prompt_repeats > 1 and not self._same_prompts(new, valid):
+            self.state.part_prompts()
+        self._make_room(new.latent.shape[2], valid)
+
+    def _make_room(self, seqlen_q: int, valid: torch.Tensor | None) -> None:
         assert self.state is not None and self.kv_cache is not None
         if self.is_leader:
             if isinstance(self.state, GrowingState) and not torch.compiler.is_compiling():
                 self.state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
-            if self.state.prompt_repeats > 1 and not self._same_prompts(new, valid):
-                self.state.part_prompts()
-            self.state.advance(new.latent.shape[2], valid)
+            self.state.advance(seqlen_q, valid)
         self._follow()
 
     def store(self, new: Latents, q: torch.Tensor | None = None, q_rope: torch.Tensor | None = None) -> None:
@@ -224,6 +228,35 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.state is not None
         if not torch.compiler.is_compiling():
             self.state.num_written += 1
+
+    def rows_of(self, row: int, num_tokens: int) -> torch.Tensor:
+        """The first `num_tokens` real tokens of one row of the batch, as the pool has them, `[num_tokens, width]`."""
+        assert self.state is not None and self.kv_cache is not None
+        rank = torch.arange(num_tokens, device=self.state.device)
+        slots = self.state.slots_of(rank.expand(self.state.batch, -1))[row]
+        return self.kv_cache[slots // self.state.block_size, slots % self.state.block_size, 0]
+
+    def lay_down(self, rows: torch.Tensor, latents: torch.Tensor, k_rope: torch.Tensor) -> None:
+        """Take stored tokens as the first ones of every row of the batch; nothing may be held yet.
+
+        Args:
+            rows: `[num_tokens, width]`, from `rows_of`, on this layer's device.
+            latents: `[batch, 1, 0, kv_lora_rank]`, in the dtype of the latents, on that device: shapes only.
+            k_rope: `[batch, 1, 0, qk_rope_head_dim]`, likewise.
+        Raises: ValueError: a fixed capacity that is too small, or of another batch.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(latents, k_rope)
+        state = self.state
+        assert state is not None and self.kv_cache is not None
+        if self.is_leader:
+            if state.batch != latents.shape[0]:
+                state.start(latents.shape[0])
+            state.check_room(len(rows))
+        self._make_room(len(rows), None)
+        # Bytes as they are: FP8 rows would not survive being rounded again.
+        self.kv_cache[state.slots // state.block_size, state.slots % state.block_size, 0] = rows
+        self.stored()
 
     def _same_prompts(self, new: Latents, valid: torch.Tensor | None) -> bool:
         """Whether the rows of each group were given the same tokens; waits for the device.
@@ -325,7 +358,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget every token; the pool is kept."""
         if self.is_leader and self.state is not None:
             self.state.reset()
-        self.absorbed = self.absorbed_key = None
+        self.absorbed.clear()
 
     def offload(self) -> None:
         """Refused: pages are shared between layers' tables and read by kernels in place."""

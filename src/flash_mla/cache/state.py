@@ -57,6 +57,9 @@ class PagedState(ABC):
         self.copies: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plan: SplitPlan | None = None
         self._slot_map: torch.Tensor | None = None
+        # Of a decode step of sparse attention: what one layer found out for the others (hf/sparse.py).
+        self.visible_slots: tuple[Any, torch.Tensor] | None = None
+        self.chosen_slots: tuple[Any, Any, torch.Tensor] | None = None
         # What the layers' steps write into one after the other (hf/step.py), by shape and stream.
         self.buffers: dict[Any, Any] = {}
         self.context_len: int | None = 0
@@ -99,7 +102,7 @@ class PagedState(ABC):
             seqlen_q: new positions per row.
             valid: bool `[batch, seqlen_q]`, False where a position is padding; None if all are real.
         """
-        self.plan = self._slot_map = None
+        self.plan = self._slot_map = self.visible_slots = self.chosen_slots = None
         if not torch.compiler.is_compiling():
             self.check_complete()
             self.num_written = 0

@@ -92,19 +92,18 @@ def _matrix(module: Any, layer: PagedLatentLayer, like: torch.Tensor) -> torch.T
         return linear.weight if linear.bias is None else None
     if getattr(linear, "_forward_pre_hooks_with_kwargs", None):
         return None  # PEFT's adapter_names: another adapter for each row of the batch, so no one matrix
-    if torch.compiler.is_compiling() and layer.absorbed_key is not None:
-        return layer.absorbed
+    kept_key, matrix = layer.absorbed.get(module.layer_idx, (None, None))
+    if torch.compiler.is_compiling() and kept_key is not None:
+        return matrix
     key = _key(linear)
-    if layer.absorbed_key != key:
+    if kept_key != key:
         with torch.no_grad():
             if not _is_block_fp8(linear):
-                layer.absorbed = _applied(linear, module.kv_lora_rank, like)
-            elif getattr(linear, "bias", None) is None:
-                layer.absorbed = _dequantised(linear, like.dtype)
+                matrix = _applied(linear, module.kv_lora_rank, like)
             else:
-                layer.absorbed = None
-        layer.absorbed_key = key
-    return layer.absorbed
+                matrix = _dequantised(linear, like.dtype) if getattr(linear, "bias", None) is None else None
+        layer.absorbed[module.layer_idx] = (key, matrix)
+    return matrix
 
 
 def absorbed_weights(

@@ -111,7 +111,7 @@ def _paged(
         if out is not None:
             return out, None
     if seqlen_q > 1 and not state.had_context:
-        layer.absorbed = layer.absorbed_key = None  # a new prompt: what was stored may be of other weights
+        layer.absorbed.pop(module.layer_idx, None)  # a new prompt: what was kept may be of other weights
     # A compiled step cannot make what it lacks: with fixed capacity the prompt's forward prepares it.
     weights = None
     if seqlen_q == 1 or state.had_context or layer.group.max_cache_len is not None:

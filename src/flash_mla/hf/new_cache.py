@@ -14,7 +14,7 @@ from ..cache import SPARSE_IS_LATENT, PagedLatentCache, PagedLatentLayer
 from ..contract import UnsupportedError
 from .prefill import expect_repeats
 
-__all__ = ["check_capacity", "check_layers", "forget_warnings", "new_cache", "refuse_options"]
+__all__ = ["check_capacity", "check_layers", "check_options", "forget_warnings", "new_cache", "refuse_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _options(generation_config: Any) -> dict[str, Any]:
     Raises: ValueError: no mapping, or a key that it does not have.
     """
     given = generation_config.cache_config
-    if given is None:
+    if given is None or generation_config.is_assistant:  # an assistant is handed the options of its main model
         return {}
     if not isinstance(given, dict):
         raise ValueError(f"flash_mla: cache_config must be a dict of {', '.join(OPTIONS)}, got {type(given).__name__}")
@@ -56,13 +56,25 @@ def _options(generation_config: Any) -> dict[str, Any]:
 def refuse_options(generation_config: Any, why: str) -> None:
     """Raise ValueError if `cache_config` is given where no paged cache is made, so that nothing takes its place unsaid.
 
-    Transformers' own caches read it, or do not, as they like.
+    Transformers' own caches read it, or do not, as they like. An assistant is handed the options of its main model.
     """
+    if generation_config.is_assistant:
+        return
     if generation_config.cache_config and generation_config.cache_implementation in (None, "dynamic", "static"):
         raise ValueError(
             f"flash_mla: cache_config={generation_config.cache_config} is for the paged cache that generate() makes, "
             f"and it makes none here: {why}"
         )
+
+
+def check_options(generation_config: Any, cache: PagedLatentCache) -> None:
+    """Raise ValueError if `cache_config` asks for another cache than the paged one that was given (a second turn's)."""
+    has = {"backend": cache.group.backend, "block_size": cache.block_size, "dtype": cache.dtype}
+    for name, value in _options(generation_config).items():
+        if value != has[name]:
+            raise ValueError(
+                f"flash_mla: cache_config asks for {name}={value!r}, the cache that was given has {has[name]!r}"
+            )
 
 
 def new_cache(

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerationMixin
 
-from ..cache import PagedLatentCache, PagedLatentLayer
+from ..cache import PagedIndexedLayer, PagedLatentCache, PagedLatentLayer
 
 __all__ = ["expect_repeats", "prefill_progress", "wrap_prefill"]
 
@@ -70,7 +70,7 @@ _repeats: WeakKeyDictionary[PagedLatentCache, int] = WeakKeyDictionary()
 
 # Layers whose `batch_repeat_interleave` repeats all that they hold. Linear-attention layers have none, or inherit one
 # that repeats keys and values and not their state.
-REPEATABLE = (PagedLatentLayer, DynamicLayer, DynamicSlidingWindowLayer)
+REPEATABLE = (PagedLatentLayer, PagedIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def expect_repeats(cache: PagedLatentCache, repeats: int) -> None:

@@ -25,7 +25,7 @@ from ..cache import Latents, PagedLatentCache
 from .attention import flash_mla_attention
 from .mask import flash_mla_mask
 from .models import require_mla
-from .new_cache import check_capacity, check_layers, forget_warnings, new_cache, refuse_options
+from .new_cache import check_capacity, check_layers, check_options, forget_warnings, new_cache, refuse_options
 from .prefill import wrap_prefill
 
 __all__ = ["NAME", "is_registered", "register", "unregister"]
@@ -189,7 +189,7 @@ def _wrap_prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
             family = require_mla(text_config)
             modules = _hook_model(self)
             if isinstance(user_cache, PagedLatentCache):
-                refuse_options(generation_config, "a cache was given: give them to PagedLatentCache")
+                check_options(generation_config, user_cache)
                 check_layers(user_cache, modules, text_config)
             elif user_cache is not None or generation_config.use_cache is False:
                 refuse_options(generation_config, "a cache was given" if user_cache is not None else "use_cache=False")

@@ -57,11 +57,11 @@ def sparse(
         raise ValueError("flash_mla: sparse attention on the paged cache needs the mask that its indexer saw, got None")
     if not new.stored:
         if layer.is_leader:
-            check_mask(mask, layer, query)
+            check_mask(mask, layer, query, has_indexer=True)
         layer.begin(new, _real(mask, new, batch, seqlen_q) if layer.is_leader else None)
     is_prompt = seqlen_q > 1 and not state.had_context
     if is_prompt:
-        layer.absorbed = layer.absorbed_key = None  # a new prompt: what was kept may be of other weights
+        layer.absorbed.pop(module.layer_idx, None)  # a new prompt: what was kept may be of other weights
     model_type = module.config.model_type
     prompt_is_expanded = is_prompt and seqlen_q <= _longest_expanded(module, indices.shape[-1])
     # A compiled step cannot make what it lacks: with fixed capacity the prompt's forward prepares it.
@@ -70,12 +70,16 @@ def sparse(
         weights = absorbed_weights(module, layer, new.latent)
     if not new.stored:
         layer.store(new)
-    if prompt_is_expanded or weights is None:
+    is_biased = (
+        mask.dtype != torch.bool
+    )  # an additive mask may say more than what is visible; Transformers' own are bool
+    if prompt_is_expanded or weights is None or is_biased:
         if prompt_is_expanded:
             record(model_type, "prefill", "the indexer's choice as a mask")
             visible, latent, k_rope = mask[..., :seqlen_q], new.latent, new.k_rope
         else:
-            record(model_type, "gathered", "kv_b_proj is not one matrix (a bias, or adapters by row)")
+            no_matrix = "kv_b_proj is not one matrix (a bias, or adapters by row)"
+            record(model_type, "gathered", no_matrix if weights is None else "an additive mask was given")
             latent, k_rope = layer.gather()
             visible = over_context_mask(mask, layer, batch, seqlen_q, latent.shape[2])
         key, value = expand(module, layer, latent, k_rope)
@@ -96,7 +100,10 @@ def sparse(
         out, _ = ops.sparse_decode(
             absorbed_query(query[:, :, part], w_uk, module.qk_nope_head_dim).to(layer.dtype),
             layer.kv_cache,
-            _chosen_slots(state, indices[:, part], mask[:, :, part]),
+            # The tensors themselves in a decode step: by them a layer knows what another one found out.
+            _chosen_slots(state, indices, mask)
+            if seqlen_q == 1
+            else _chosen_slots(state, indices[:, part], mask[:, :, part]),
             kv_lora_rank=layer.kv_lora_rank,
             softmax_scale=scaling,
             attn_sink=sinks,
@@ -133,11 +140,33 @@ def _chosen_slots(state: PagedState, indices: torch.Tensor, mask: torch.Tensor) 
         indices: int `[batch, seqlen_q, topk]`, positions in padded order.
         mask: `[batch or 1, 1, seqlen_q, positions]`.
     """
-    slot_map = state.slot_map()
     batch, seqlen_q, _ = indices.shape
+    if seqlen_q == 1 and not torch.compiler.is_compiling():
+        return _chosen_in_step(state, indices, mask)
+    slot_map = state.slot_map()
     num_positions = min(slot_map.shape[1], mask.shape[-1])
     inside = (indices >= 0) & (indices < num_positions)
     where = torch.where(inside, indices, 0).long()
     visible = as_bool(mask)[:, 0].expand(batch, seqlen_q, -1).gather(-1, where)
     slots = slot_map[:, None].expand(-1, seqlen_q, -1).gather(-1, where)
     return torch.where(inside & visible, slots, -1)
+
+
+def _chosen_in_step(state: PagedState, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`_chosen_slots` of one query per row, in four launches: the mask is one for all layers, and is applied once.
+
+    Layers that use another one's choice are given the same tensor, and get the same slots.
+    """
+    if state.chosen_slots is not None and state.chosen_slots[0] is indices and state.chosen_slots[1] is mask:
+        return state.chosen_slots[2]
+    if state.visible_slots is None or state.visible_slots[0] is not mask:
+        slot_map = state.slot_map()
+        num_positions = min(slot_map.shape[1], mask.shape[-1])
+        visible = torch.where(as_bool(mask)[:, 0, 0, :num_positions], slot_map[:, :num_positions], -1)
+        state.visible_slots = (mask, torch.nn.functional.pad(visible, (0, 1), value=-1))
+    visible = state.visible_slots[1]
+    last = visible.shape[1] - 1  # the column that says "none": of every index below 0 and past the positions
+    where = (indices[:, 0].clamp(-1, last) % (last + 1)).long()
+    slots = visible.gather(1, where)[:, None]
+    state.chosen_slots = (indices, mask, slots)
+    return slots

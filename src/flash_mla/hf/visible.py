@@ -25,11 +25,16 @@ def causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return ones.tril(num_keys - seqlen_q)[None, None]
 
 
-def check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor) -> None:
-    """Raise ValueError, before anything is stored, unless a mask covers the new tokens or the whole context."""
+def check_mask(mask: torch.Tensor, layer: PagedLatentLayer, query: torch.Tensor, *, has_indexer: bool = False) -> None:
+    """Raise ValueError, before anything is stored, unless a mask covers the new tokens or the whole context; that of a
+    layer with an indexer the whole context, and all heads alike, since the choice is one for all."""
     assert layer.state is not None
     batch, num_heads, seqlen_q, _ = query.shape
-    widths = {seqlen_q, layer.state.max_cache_len}
+    widths = {layer.state.max_cache_len}
+    if has_indexer:
+        num_heads = 1
+    else:
+        widths.add(seqlen_q)
     if not torch.compiler.is_compiling():  # a compiled step has no number for the present length
         widths.add(layer.state.seen_int() + seqlen_q)
     if (
