@@ -1,4 +1,4 @@
-"""`examples/generate.py` as a user runs it: a process of its own, the tiny checkpoint, no GPU, no network."""
+"""The examples as a user runs them: a process of its own, the tiny checkpoint, no GPU, no network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("Licensed under", "Unless required by applicable law or agreed to in writing,", "You may")
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "examples/generate.py", *map(str, arguments), "--device", "cpu"]
+def run(*arguments: object, code: int = 0, script: str = "generate.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"examples/{script}", *map(str, arguments), "--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     environment.pop("TRITON_INTERPRET", None)  # the tests' own; a user does not set it
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -89,3 +89,33 @@ def test_prompt_and_batch_file_are_one_or_the_other(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     assert "no prompt in" in run("--batch-file", empty, code=2).stderr
+
+
+# --- prefix_rag.py ----------------------------------------------------------------------------------------------------
+
+QUESTION = "What does the License grant to you?"
+
+
+def test_documents_are_stored_once_and_answered_as_cold(tmp_path: Path) -> None:
+    store = tmp_path / "prefixes"
+    first = run("--store", store, "--max-new-tokens", 6, script="prefix_rag.py").stdout
+    assert first.splitlines()[0] == "tiny-deepseek-v3: deepseek_v3 on cpu in torch.float32"
+    stored = re.findall(r"^stored +(\d+) tokens, +([\d,]+) bytes: \w{12}$", first, re.MULTILINE)
+    assert len(stored) == 3
+    files = {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")}
+    assert sorted(path.stat().st_size for path in files) == sorted(int(size.replace(",", "")) for _, size in stored)
+    lines = re.findall(
+        r"^  (\d+) tokens, (\d+) of them loaded; first token after \d+ ms cold, \d+ ms warm; tokens identical: (\w+)$",
+        first,
+        re.MULTILINE,
+    )
+    assert len(lines) == 5
+    for prompt, loaded, same in lines:
+        assert loaded in {tokens for tokens, _ in stored}
+        assert int(loaded) < int(prompt)
+        assert same == "yes"
+    assert re.search(rf"^{re.escape(QUESTION)}\n  LICENSE: '.+'$", first, re.MULTILINE)
+    again = run("--store", store, "--question", QUESTION, "--max-new-tokens", 2, script="prefix_rag.py").stdout
+    assert len(re.findall(r"^found ", again, re.MULTILINE)) == 3
+    assert "stored " not in again
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")} == files

@@ -1,6 +1,6 @@
 """Paged latent cache and absorbed MLA decode for Hugging Face Transformers; importing it registers "flash_mla"."""
 
-from .cache import MemoryReport, PagedLatentCache
+from .cache import MemoryReport, PagedLatentCache, PrefixEntry, PrefixStore
 from .contract import UnsupportedError
 from .hf import path_counts, prefill_progress, register, reset_path_counts, unregister
 from .interface import flash_mla_with_kvcache, get_mla_metadata
@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 __all__ = [
     "MemoryReport",
     "PagedLatentCache",
+    "PrefixEntry",
+    "PrefixStore",
     "SplitPlan",
     "UnsupportedError",
     "append",

@@ -3,6 +3,7 @@
 from .cache import SPARSE_IS_LATENT, MemoryReport, PagedLatentCache
 from .indexed import PagedIndexedLayer
 from .layer import Latents, PagedLatentLayer
+from .store import PrefixEntry, PrefixStore
 
 __all__ = [
     "SPARSE_IS_LATENT",
@@ -11,4 +12,6 @@ __all__ = [
     "PagedIndexedLayer",
     "PagedLatentCache",
     "PagedLatentLayer",
+    "PrefixEntry",
+    "PrefixStore",
 ]
