@@ -3,6 +3,7 @@
 A call that passes is described by plain integers (`DecodeCall`, `AppendCall`), so that a backend's list of refusals
 and its choice of schedule can be tested without a GPU. Values in device memory (lengths, table entries, slots) are not
 looked at here: reading them would make the host wait for the device. `PagedLatentCache.validate()` does that on demand.
+(Over 400 lines: the checks of all ops read side by side, in the same words.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Portable GPU kernels in Triton: which calls they take, how they are cut into programs, and their launches.
 
 The device code is `triton_kernels.py` and `triton_plan.py`. It runs on any GPU that Triton compiles for, and on a CPU
-under TRITON_INTERPRET=1 (set before the first import), which is how it is tested without a GPU.
+under TRITON_INTERPRET=1 (set before the first import), which is how it is tested without a GPU. (Over 400 lines: dense
+and sparse calls are one launch, whose arguments are most of it.)
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ K and V are the same tile in shared memory: a latent row is read from global mem
 here are base 2 unless a name says natural.
 
 A tile of FP8 rows (`codec.py`) becomes a tile of the queries' dtype when it arrives. Codes and bf16 are taken apart as
-integers: Triton converts e4m3 from compute capability 8.9 on only.
+integers: Triton converts e4m3 from compute capability 8.9 on only. (Over 400 lines: helpers stand before the kernels
+that inline them.)
 """
 
 from __future__ import annotations

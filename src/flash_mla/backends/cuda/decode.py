@@ -1,7 +1,8 @@
 """Decode on Hopper: which calls the compiled kernel takes, how many CTAs share them, and the two launches.
 
 The second launch merges the parts of cut requests. It is programmatic: it is set up while decode runs. It is left out
-where a plan has no room for cuts.
+where a plan has no room for cuts. (Over 400 lines: a kernel's form, its tensor maps and its parameters follow from one
+another.)
 """
 
 from __future__ import annotations
