@@ -301,7 +301,7 @@ def test_size_depends_on_shapes_alone(backend: str, deterministic: bool) -> None
 @pytest.mark.parametrize("batch", [0, 1, 3, 7, 20])
 @pytest.mark.parametrize("num_slots", [1, 7, 8])
 def test_whole_requests_where_the_definition_may_not_read_lengths(batch: int, num_slots: int) -> None:
-    items, splits = torch_backend._plan_whole(torch.zeros(batch, dtype=torch.int32, device=DEVICE), num_slots)
+    items, splits = torch_backend.plan_whole(torch.zeros(batch, dtype=torch.int32, device=DEVICE), num_slots)
     slots = assert_layout(items.cpu(), splits.cpu(), batch)
     assert splits[:, 1].tolist() == [1] * batch
     loads = [len(taken) for taken in slots]
