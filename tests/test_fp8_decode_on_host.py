@@ -243,4 +243,4 @@ def test_refusals(changes: dict[str, object], reasons: list[str], on_host: OnHos
 def test_off_until_measured(fake_driver: Callable[..., FakeDriver]) -> None:
     fake_driver()
     call = on_hopper(fp8(Case("refused", (70,), num_heads=4, **SHAPE)))
-    assert host.decode_refusals(call) == ["reads rows of bfloat16 and float16, got FP8 rows"]
+    assert host.decode_refusals(call) == ["its kernel for FP8 rows is switched off: not measured yet"]

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 
 from . import debug, ops
-from .contract import FLOAT_DTYPES, FP8_ROW_DTYPES, check_sparse, describe
+from .contract import FLOAT_DTYPES, FP8_ROW_DTYPES, UnsupportedError, describe
 
 __all__ = ["NamedRows", "attend_to_named", "check_options", "flash_mla_sparse_fwd", "in_upstream_words", "with_sink"]
 
@@ -98,9 +98,6 @@ def attend_to_named(
     attn_sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sparse mode of `flash_mla_with_kvcache`, arguments and results as there, over one cache or two."""
-    if not torch.compiler.is_compiling():  # in a graph the node checks when it runs
-        for part in parts:
-            _check_part(q, part, head_dim_v, attn_sink)
     if len(parts) == 1:
         return _attend_to_part(q, parts[0], head_dim_v, softmax_scale, attn_sink)
     results = [_attend_to_part(q, part, head_dim_v, softmax_scale, None) for part in parts]
@@ -129,24 +126,17 @@ def _per_row(shares: torch.Tensor) -> torch.Tensor:
     return shares.transpose(1, 2).unsqueeze(-1)
 
 
-def _check_part(q: torch.Tensor, part: NamedRows, head_dim_v: int, attn_sink: torch.Tensor | None) -> None:
-    """Raise ValueError, in the words of `flash_mla_with_kvcache`, unless the arguments of a launch fit together."""
-    try:
-        call = check_sparse(
-            q, part.cache, part.indices, head_dim_v, attn_sink, part.topk_length, "flash_mla_with_kvcache"
-        )
-        if debug.is_on():
-            debug.check_sparse("flash_mla_with_kvcache", call, part.cache, part.indices, part.topk_length)
-    except ValueError as error:
-        message = in_upstream_words(str(error))
-        if part.is_extra:
-            for name, extra_name in (
-                ("k_cache", "extra_k_cache"),
-                ("indices", "extra_indices_in_kvcache"),
-                ("topk_length", "extra_topk_length"),
-            ):
-                message = message.replace(name, extra_name)
-        raise ValueError(message) from None
+def _of_part(message: str, part: NamedRows) -> str:
+    """An error message of `contract.py` about a launch, with the argument names that its caller knows."""
+    message = in_upstream_words(message)
+    if part.is_extra:
+        for name, extra_name in (
+            ("k_cache", "extra_k_cache"),
+            ("indices", "extra_indices_in_kvcache"),
+            ("topk_length", "extra_topk_length"),
+        ):
+            message = message.replace(name, extra_name)
+    return message
 
 
 def _attend_to_part(
@@ -162,18 +152,23 @@ def _attend_to_part(
             attn_sink=attn_sink,
             topk_length=part.topk_length,
         )
-    out, lse, _ = ops._sparse(
-        "flash_mla_with_kvcache",
-        q,
-        part.cache,
-        part.indices,
-        attn_sink,
-        part.topk_length,
-        head_dim_v,
-        softmax_scale,
-        None,
-        False,
-    )
+    try:
+        out, lse, _ = ops._sparse(
+            "flash_mla_with_kvcache",
+            q,
+            part.cache,
+            part.indices,
+            attn_sink,
+            part.topk_length,
+            head_dim_v,
+            softmax_scale,
+            None,
+            False,
+        )
+    except UnsupportedError:
+        raise
+    except ValueError as error:
+        raise ValueError(_of_part(str(error), part)) from None
     return out, lse
 
 

@@ -110,7 +110,7 @@ def append_refusals(call: AppendCall) -> list[str]:
 
 def _fp8_refusals(call: AppendCall) -> list[str]:
     if not FP8_IS_ON:
-        return ["writes rows as they come, not FP8 rows"]
+        return ["its kernel for FP8 rows is switched off: not measured yet"]
     reasons = []
     if call.dtype not in FP8_KERNELS:
         reasons.append(f"encodes FP8 rows from bfloat16, float16 or float32, got {call.dtype}")
