@@ -24,6 +24,17 @@ struct TileLayout {
   static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
 };
 
+// Written by dense_decode_fp8.cu: each half of the columns by a warpgroup, as they come.
+struct PlainLayout {
+  static constexpr int SCALES = 2;
+  template <int KV_LORA_RANK>
+  static __device__ __forceinline__ constexpr int column(int position) {
+    return position;
+  }
+  static constexpr int DISTANCE = 1;
+  static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
+};
+
 // Written by dense_decode_few.cu: each half of the columns by a warpgroup, 16 of each tile of 64 by a warp.
 struct FewLayout {
   static constexpr int SCALES = 8;

@@ -78,6 +78,25 @@ __device__ __forceinline__ void tma_load_5d(void* target, const TensorMap& map, 
       : "memory");
 }
 
+// --- copies by a thread ---------------------------------------------------------------------------------------------
+
+// 16 bytes from global memory, of which the last 16 - `bytes` are zeros instead. Not read: none, if `bytes` is 0.
+__device__ __forceinline__ void cp_async_16(uint32_t target, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4(uint32_t target, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last PENDING groups of this thread's copies have ended.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // --- matrices in shared memory --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&value)[4], uint32_t address) {
@@ -106,6 +125,25 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_shared_v4(uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_shared_v2(uint32_t address, const uint2& value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 
 // Ordinary stores to shared memory before it become visible to what wgmma and TMA read or write after it.
@@ -215,5 +253,17 @@ __device__ __forceinline__ float2 unpack_fp16(uint32_t both) {
       "cvt.f32.f16 %1, high;\n}"
       : "=f"(result.x), "=f"(result.y)
       : "r"(both));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }

@@ -140,7 +140,7 @@ def do_decode(launch: Launch, maps: dict[bytes, Map]) -> None:
                 view(p["lse"], (request + 1, *shape[::-1]), np.float32)[request, head, query] = natural
             else:
                 part = p["num_slots"] + slot if begin == 0 else slot
-                columns, sums, order = partial_results(p, shape, rank, bool(few))
+                columns, sums, order = partial_results(p, shape, rank, "few" if few else "")
                 together = o[:, order].reshape(len(rows), *columns.shape[3:])  # what shares a scale
                 scales = 2.0 ** (np.frexp(np.abs(together).max(2))[1] - 15.0)
                 columns[part, query, head] = together / scales[..., None]
@@ -148,15 +148,17 @@ def do_decode(launch: Launch, maps: dict[bytes, Map]) -> None:
 
 
 def partial_results(
-    p: dict[str, int], shape: tuple[int, int], rank: int, is_few: bool
+    p: dict[str, int], shape: tuple[int, int], rank: int, layout: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of all parts and rows, as `kernels/partial.cuh` has them: columns, those that share a scale together; log-sum and
     scales; the column at each position of a row."""
     position = np.arange(rank)
-    if is_few:
+    if layout == "few":
         scales, half = 8, rank // 2
         column = position // half * half + position % half // 64 * 16  # a half, a warp's 16 of each tile of 64
         column += position % 8 // 2 * 64 + position % 2 * 8 + position % 64 // 8
+    elif layout == "plain":
+        scales, column = 2, position
     else:
         scales = 2
         column = position // 16 * 16 + position % 4 // 2 * 8 + position // 4 % 4 * 2 + position % 2
@@ -168,10 +170,10 @@ def partial_results(
 
 
 def do_combine(launch: Launch) -> None:
-    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once. "few": of what a few-row kernel left."""
+    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once. "few", "plain": the order of columns."""
     p = combine_fields(launch)
-    form, *few, _, number = launch.kernel.partition("_kernel_")[2].split("_")
-    rank, is_few = int(number), few == ["few"]
+    form, *layout, _, number = launch.kernel.partition("_kernel_")[2].split("_")
+    rank = int(number)
     shape = (p["seqlen_q"], p["num_heads"])
     rows = math.prod(shape)
     name, cta_columns = FORMS[form]
@@ -185,7 +187,7 @@ def do_combine(launch: Launch) -> None:
     else:
         groups, more = divmod(launch.grid[0], -(-rows * 32 // threads))
         assert (more, *launch.grid[1:]) == (0, 1, 1)
-    columns, sums, order = partial_results(p, shape, rank, is_few)
+    columns, sums, order = partial_results(p, shape, rank, "".join(layout))
     for index in range(groups):
         request = p["first_request"] + index
         if p["by_slot"]:

@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <mutex>
@@ -214,6 +215,13 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   return shuffle(value, threadIdx.x % 32 ^ distance);
 }
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  const auto votes = share(vote);
+  uint32_t result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= (uint32_t)(votes[lane][0] != 0) << lane;
+  __syncwarp();
+  return result;
+}
 inline bool __any_sync(unsigned, bool vote) {
   const auto votes = share(vote);
   bool any = false;
@@ -280,6 +288,14 @@ inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t
   __syncwarp();
 }
 
+inline uint4 ld_shared_v4(uint32_t address) {
+  uint4 value;
+  memcpy(&value, at(address), 16);
+  return value;
+}
+inline void st_shared_v4(uint32_t address, const uint4& value) { memcpy(at(address), &value, 16); }
+inline void st_shared_v2(uint32_t address, const uint2& value) { memcpy(at(address), &value, 8); }
+
 // What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
 struct alignas(64) TensorMap {
   uint64_t address, sizes[5], strides[4], box[5], swizzle;
@@ -324,6 +340,41 @@ inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, i
   late_loads.push_back(load);
 }
 
+// Copies by a thread, in groups; late ones come when it waits for their group.
+struct Copy {
+  uint32_t target;
+  const void* from;
+  int bytes, size;
+};
+struct Copies {
+  std::vector<Copy> begun;               // of no group yet
+  std::deque<std::vector<Copy>> groups;  // not waited for
+};
+inline std::vector<Copies> copies_of(384);
+
+inline void finish(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    memset(at(copy.target), 0, copy.size);
+    if (copy.bytes) memcpy(at(copy.target), copy.from, copy.bytes);
+  }
+}
+inline void begin_copy(const Copy& copy) {
+  if (copy.target % copy.size || (copy.bytes && reinterpret_cast<uint64_t>(copy.from) % copy.size)) is_stuck = true;
+  if (!loads_are_late) return finish({copy});
+  copies_of[threadIdx.x].begun.push_back(copy);
+}
+inline void cp_async_16(uint32_t target, const void* from, int bytes) { begin_copy({target, from, bytes, 16}); }
+inline void cp_async_4(uint32_t target, const void* from) { begin_copy({target, from, 4, 4}); }
+inline void cp_async_commit_group() {
+  Copies& mine = copies_of[threadIdx.x];
+  mine.groups.push_back(std::move(mine.begun));
+  mine.begun.clear();
+}
+template <int PENDING>
+void cp_async_wait_group() {
+  Copies& mine = copies_of[threadIdx.x];
+  for (; mine.groups.size() > PENDING; mine.groups.pop_front()) finish(mine.groups.front());
+}
 // A thread that does the late loads until the CTA has ended.
 inline void do_late_loads(const std::atomic<bool>& has_ended) {
   int64_t seen = -1;
@@ -395,6 +446,25 @@ float number(const void* address) {
   return IS_BF16 ? brain(address) : half(address);
 }
 inline float2 unpack_fp16(uint32_t both) { return {half(&both), half(reinterpret_cast<const uint8_t*>(&both) + 2)}; }
+
+// Of both halves, rounded once: what a product and a sum of bf16 need fits in a double.
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int half) {
+    const auto at = [&](const uint32_t& both) {
+      return (double)brain(reinterpret_cast<const uint8_t*>(&both) + 2 * half);
+    };
+    const double exact = at(a) * at(b) + at(c);
+    float rounded = (float)exact;  // to odd, so that rounding twice is rounding once
+    if (rounded != exact && std::isfinite(rounded)) {
+      int bits = __float_as_int(rounded);
+      if (std::fabs((double)rounded) > std::fabs(exact)) --bits;
+      rounded = __int_as_float(bits | 1);
+    }
+    return (uint32_t)to_bf16_bits(rounded);
+  };
+  return one(0) | one(1) << 16;
+}
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000); }
 
 // --- wgmma ----------------------------------------------------------------------------------------------------------
 
@@ -517,6 +587,7 @@ bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads
     for (Barrier& barrier : named_barriers) barrier.reset();
     for (Barrier& barrier : warp_barriers) barrier.reset();
     for (Barrier& barrier : warpgroup_barriers) barrier.reset();
+    for (Copies& copies : copies_of) copies = {};
     const Index index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     if (are_fibers) {
       blockIdx = index;

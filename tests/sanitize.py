@@ -43,7 +43,6 @@ def calls() -> None:
     from flash_mla.backends import torch as torch_backend
     from flash_mla.codec import encode_rows
 
-    sys.modules["flash_mla.backends.cuda.append"].FP8_IS_ON = True
     deepseek = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
     cases = (
         Case("merged by columns, Q with a tail", (700, 1, 0), num_heads=16, **deepseek),

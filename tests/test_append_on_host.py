@@ -148,7 +148,6 @@ def on_host(
         assert library.run(kernel, launch.params, launch.grid[0], launch.block[0]) == 1, "misaligned, or lanes missing"
 
     monkeypatch.setattr(driver, "raw_stream", lambda device_index: 0)
-    monkeypatch.setattr(host, "FP8_IS_ON", True)
     return fake_driver(on_launch=run)
 
 

@@ -271,17 +271,13 @@ def make_fp8() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"num_blocks": 2**26}, [f"takes a pool of fewer than 2**32 tokens, got {2**26} x 64"]),
     ],
 )
-def test_refusals_of_fp8_rows(
-    changes: dict[str, object], reasons: list[str], fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(host, "FP8_IS_ON", True)
+def test_refusals_of_fp8_rows(changes: dict[str, object], reasons: list[str], fake: FakeDriver) -> None:
     call = on_hopper(check_append(*make_fp8()))
     assert append_refusals(dataclasses.replace(call, **changes)) == reasons
 
 
 @pytest.mark.parametrize("off", ["pool", "block", "token", "head"])
-def test_fp8_rows_begin_at_multiples_of_16_bytes(off: str, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "FP8_IS_ON", True)
+def test_fp8_rows_begin_at_multiples_of_16_bytes(off: str, fake: FakeDriver) -> None:
     pool, latent, k_rope, slots = make_fp8()
     if off == "pool":
         pool = torch.zeros((pool.numel() + 8,), dtype=torch.uint8)[8:].view(pool.shape)
@@ -296,14 +292,6 @@ def test_fp8_rows_begin_at_multiples_of_16_bytes(off: str, fake: FakeDriver, mon
         f"needs FP8 rows that begin at multiples of 16 bytes, got strides {pool.stride()} "
         f"and a pool {bytes_past} bytes past one"
     )
-
-
-def test_fp8_rows_are_refused_where_they_are_not_switched_on(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reason: what else stands against them does not matter then."""
-    monkeypatch.setattr(host, "FP8_IS_ON", False)
-    pool, latent, k_rope, slots = make_fp8()
-    call = on_hopper(check_append(pool, latent.double(), k_rope.double(), slots))
-    assert append_refusals(call) == ["its kernel for FP8 rows is switched off: not measured yet"]
 
 
 def test_a_cpu_tensor_does_not_wake_the_driver(fake: FakeDriver) -> None:

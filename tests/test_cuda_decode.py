@@ -636,8 +636,11 @@ REFUSALS = {
         [f"takes (kv_lora_rank, qk_rope_head_dim) in {list(LATENT_SHAPES)}, got (512, 32)"],
     ),
     "pages of 8": ({"block_size": 8}, ["takes a block_size that 16 divides, got 8"]),
-    "FP8 rows": ({"fp8": True}, ["its kernel for FP8 rows is switched off: not measured yet"]),
-    "indices": ({"sparse": True}, ["has no kernel for sparse attention"]),
+    "FP8 rows of another shape": (
+        {"fp8": True, "dtype": "bfloat16"},
+        ["takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in [(512, 64)], got (128, 32)"],
+    ),
+    "indices": ({"sparse": True}, ["has no kernel for sparse attention over rows that are not FP8"]),
     "columns apart": (
         {"kv_cache_strides": (10240, 160, 160, 2)},
         ["needs the last stride of kv_cache to be 1, got 2"],
@@ -764,4 +767,4 @@ def test_constants_are_those_of_the_device_code() -> None:
         assert int(combine_constants[name]) == getattr(host, name)
     layouts = (_build.KERNELS / "partial.cuh").read_text()
     scales = dict(re.findall(r"^struct (\w+)Layout \{\n  static constexpr int SCALES = (\d+);", layouts, re.MULTILINE))
-    assert scales == {"Tile": str(host.TILE_SCALES), "Few": str(host.FEW_SCALES)}
+    assert scales == {"Tile": str(host.TILE_SCALES), "Plain": str(host.TILE_SCALES), "Few": str(host.FEW_SCALES)}

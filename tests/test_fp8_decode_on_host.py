@@ -1,20 +1,22 @@
-"""The decode kernel of FP8 rows, compiled for the host against the emulation of `hopper_on_host.h`: fragments of codes,
+"""The decode kernels of FP8 rows, compiled for the host against the emulation of `hopper_on_host.h`: fragments of code,
 the order of their columns, scales, boxes and barriers are the kernel's own."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import re
 import shutil
-from collections.abc import Callable
+import struct
 from pathlib import Path
 
 import pytest
+import test_sparse
 import torch
 from cases import Case, Problem, make
 from device_code import assert_mirrors
-from fake_cuda import FakeDriver, Launch
+from fake_cuda import Launch
 from numerics import assert_right
 from test_cuda_decode import (  # noqa: F401
     Plan,
@@ -29,63 +31,83 @@ from test_cuda_decode import (  # noqa: F401
 from test_dense_decode_on_host import compiled, replaced
 
 from flash_mla import _build
-from flash_mla.backends.cuda.params import DECODE, FP8_DECODE, FP8_DECODE_FIELDS, TENSOR_MAP_BYTES
+from flash_mla.backends import equal_lengths
+from flash_mla.backends import torch as definition
+from flash_mla.backends.cuda.params import (
+    DECODE,
+    FP8_DECODE,
+    FP8_DECODE_FIELDS,
+    GATHER,
+    GATHER_FIELDS,
+    TENSOR_MAP_BYTES,
+)
+from flash_mla.contract import check_sparse
 
 SOURCE = _build.KERNELS / "dense_decode_few_fp8.cu"
+GATHERING = _build.KERNELS / "dense_decode_fp8.cu"
 KERNEL = "flash_fwd_splitkv_mla_fp8_kernel_"
 SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
 
 
-def instantiations() -> dict[str, tuple[str, ...]]:
-    found = re.findall(r"^DECODE_KERNEL\((\w+), ([^)]*)\)$", SOURCE.read_text(), re.MULTILINE)
+def instantiations(source: Path = SOURCE) -> dict[str, tuple[str, ...]]:
+    found = re.findall(r"^DECODE_KERNEL\((\w+), ([^)]*)\)$", source.read_text(), re.MULTILINE)
     return {name: tuple(arguments.split(", ")) for name, arguments in found}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    text = SOURCE.read_text().partition("#define DECODE_KERNEL")[0]
+def host_source(source: Path, function: str, params: str) -> str:
+    """The kernels of a file and `run`, which runs one of them by its name; `function`: its code by its arguments."""
+    text = source.read_text().partition("#define DECODE_KERNEL")[0]
     text = replaced(text, "extern __shared__ __align__(1024) uint8_t dynamic_shared[];", "")
     text = replaced(text, 'asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));', "base = SHARED_BASE;")
     runs = "".join(
         f'  if (!strcmp(kernel, "{KERNEL}{name}"))\n'
-        f"    return launch_on_host(decode<Shape<{', '.join(arguments)}>>, aligned, {{blocks, 1, 1}}, 384);\n"
-        for name, arguments in instantiations().items()
+        f"    return launch_on_host({function.format(', '.join(arguments))}, aligned, {{blocks, 1, 1}}, 384);\n"
+        for name, arguments in instantiations(source).items()
     )
-    text += (
+    return text + (
         f'\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers) {{\n'
-        f"  Fp8DecodeParams aligned;\n  memcpy(&aligned, params, sizeof aligned);\n  loads_are_late = late;\n"
+        f"  {params} aligned;\n  memcpy(&aligned, params, sizeof aligned);\n  loads_are_late = late;\n"
         f"  are_fibers = on_fibers;\n{runs}  return 0;\n}}\n"
     )
-    folder = tmp_path_factory.mktemp("fp8")
-    # few_rows.cuh fetches parameters ahead by an empty instruction, which says nothing to a host.
-    return compiled("dense_decode_few_fp8", text, folder)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ctypes.CDLL]:
+    """By the size of their kernels' parameters."""
+    few = host_source(SOURCE, "decode<Shape<{}>>", "Fp8DecodeParams")
+    gathering = host_source(GATHERING, "decode<{}>", "GatherParams")
+    # This one fetches parameters ahead by an empty instruction, which says nothing to a host.
+    gathering = re.sub(r'^  asm volatile\("" ::"l"\(params.items\).*;$', "", gathering, flags=re.MULTILINE)
+    return {
+        FP8_DECODE.size: compiled("dense_decode_few_fp8", few, tmp_path_factory.mktemp("few")),
+        GATHER.size: compiled("dense_decode_fp8", gathering, tmp_path_factory.mktemp("gathering")),
+    }
 
 
 class OnHost:
     """A recorder that runs the kernel's own source."""
 
-    def __init__(self, recorded: Recorded, library: ctypes.CDLL) -> None:  # noqa: F811
+    def __init__(self, recorded: Recorded, libraries: dict[int, ctypes.CDLL]) -> None:  # noqa: F811
         self.recorded = recorded
-        self.library = library
+        self.libraries = libraries
         self.loads_are_late = False
         self.are_fibers = True
         recorded.run_decode = self.run
 
     def run(self, launch: Launch) -> None:
-        assert len(launch.params) == FP8_DECODE.size
         name = launch.kernel.encode()
-        ended = self.library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers)
+        ended = self.libraries[len(launch.params)].run(
+            name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers
+        )
         assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
 
 
 @pytest.fixture
 def on_host(
     recorded: Recorded,  # noqa: F811
-    library: ctypes.CDLL,
-    monkeypatch: pytest.MonkeyPatch,
+    libraries: dict[int, ctypes.CDLL],
 ) -> OnHost:
-    monkeypatch.setattr(host, "FP8_IS_ON", True)
-    return OnHost(recorded, library)
+    return OnHost(recorded, libraries)
 
 
 def fp8(case: Case) -> Problem:
@@ -104,6 +126,14 @@ CASES = (
     Case("causal, 32 rows, whole units that some queries do not see", (129, 67, 130), num_heads=8, seqlen_q=4, **SHAPE),
     Case("large scores, 32 rows", (400,), num_heads=32, q_factor=6.0, **SHAPE),
     Case("32 rows, pages of 48", (49, 100), num_heads=20, block_size=48, **SHAPE),
+    Case("64 rows", (65, 129, 0, 64), num_heads=64, **SHAPE),
+    Case("100 rows: two tiles", (200, 3), num_heads=100, **SHAPE),
+    Case(
+        "causal, 64 rows, whole units that some queries do not see", (129, 67, 130), num_heads=16, seqlen_q=4, **SHAPE
+    ),
+    Case("64 rows, pages of 48", (49, 100), num_heads=40, block_size=48, **SHAPE),
+    Case("64 rows, two latent heads, pages of 16", (70, 3), num_heads=80, h_kv=2, block_size=16, **SHAPE),
+    Case("large scores, 64 rows", (400,), num_heads=64, q_factor=6.0, **SHAPE),
     Case("16 rows, one consumer has all, one token, none", (64, 1, 0), num_heads=16, **SHAPE),
     Case("the tail is the other consumer's", (65, 129), num_heads=16, **SHAPE),
     Case("5 rows", (200, 17), num_heads=5, **SHAPE),
@@ -132,7 +162,7 @@ def test_result(case: Case, on_host: OnHost) -> None:
 
 
 @pytest.mark.parametrize("num_slots", [1, 3])
-@pytest.mark.parametrize("num_heads", [2, 20], ids=["16 rows", "32 rows"])
+@pytest.mark.parametrize("num_heads", [2, 20, 40], ids=["16 rows", "32 rows", "64 rows"])
 def test_items_back_to_back(num_heads: int, num_slots: int, on_host: OnHost) -> None:
     """Ring slots go from request to request, over empty ones; whole requests and parts follow one another."""
     problem = fp8(Case("items", (65, 0, 1, 200, 0, 0, 64, 128, 3, 1800), num_heads=num_heads, **SHAPE))
@@ -147,14 +177,14 @@ def test_a_ring_many_times_around(on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-@pytest.mark.parametrize(("num_heads", "block_size"), [(5, 64), (5, 32), (32, 64)])
+@pytest.mark.parametrize(("num_heads", "block_size"), [(5, 64), (5, 32), (32, 64), (40, 64), (40, 16)])
 def test_loads_may_come_in_any_order(num_heads: int, block_size: int, on_host: OnHost) -> None:
     on_host.loads_are_late = True
     problem = fp8(Case("late", (577, 1, 130), num_heads=num_heads, block_size=block_size, **SHAPE))
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-@pytest.mark.parametrize("num_heads", [16, 32])
+@pytest.mark.parametrize("num_heads", [16, 32, 64])
 def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
     """A thread of the host for each of the kernel's, which run as they come."""
     on_host.are_fibers = False
@@ -162,9 +192,10 @@ def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-def test_every_code_and_scales_far_apart(on_host: OnHost) -> None:
-    """All numbers of e4m3, subnormal ones among them, under scales of 2^-40 to 2^20: exact in bf16, scaled in fp32."""
-    problem = fp8(Case("codes", (128,), num_heads=4, softmax_scale=2.0**-24, **SHAPE))
+@pytest.mark.parametrize("num_heads", [4, 40])
+def test_every_code_and_scales_far_apart(num_heads: int, on_host: OnHost) -> None:
+    """All numbers of e4m3, subnormal ones among them, under scales of 2^-40 to 2^20, small and large in one warp."""
+    problem = fp8(Case("codes", (128,), num_heads=num_heads, softmax_scale=2.0**-24, **SHAPE))
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]
     generator = torch.Generator().manual_seed(3)
@@ -176,9 +207,10 @@ def test_every_code_and_scales_far_apart(on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-def test_subnormal_codes_alone(on_host: OnHost) -> None:
+@pytest.mark.parametrize("num_heads", [4, 40])
+def test_subnormal_codes_alone(num_heads: int, on_host: OnHost) -> None:
     """A latent of nothing but 2^-9, the smallest code, under scales of 2^9: all ones."""
-    problem = fp8(Case("subnormal", (70,), num_heads=4, **SHAPE))
+    problem = fp8(Case("subnormal", (70,), num_heads=num_heads, **SHAPE))
     for page in problem.block_table[0, :2].tolist():
         problem.kv_cache[page, :, :, :512] = 1
         problem.kv_cache[page, :, :, 512:528] = torch.full((4,), 512.0).view(torch.uint8)
@@ -187,9 +219,10 @@ def test_subnormal_codes_alone(on_host: OnHost) -> None:
     assert_right(problem, out, lse)
 
 
-def test_what_is_not_finite_comes_out(on_host: OnHost) -> None:
+@pytest.mark.parametrize("num_heads", [4, 40])
+def test_what_is_not_finite_comes_out(num_heads: int, on_host: OnHost) -> None:
     """A scale that is NaN, which a writer gives to columns that are not finite, makes its request NaN and no other."""
-    problem = fp8(Case("NaN", (70, 70), num_heads=4, **SHAPE))
+    problem = fp8(Case("NaN", (70, 70), num_heads=num_heads, **SHAPE))
     page = int(problem.block_table[0, 1])
     problem.kv_cache[page, 2, 0, 516:520] = torch.tensor([float("nan")]).view(torch.uint8)
     out, lse = decode(problem, whole(problem))
@@ -219,9 +252,25 @@ def test_the_struct_is_that_of_the_device_code(tmp_path: Path) -> None:
     assert_mirrors(tmp_path, "params.cuh", "Fp8DecodeParams", offsets, FP8_DECODE.size)
 
 
-TOO_MANY_ROWS = (
-    "takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in [(512, 64)] for up to 32 query rows per latent head, "
-    "got (512, 64) and 33"
+def test_the_gathering_kernels_struct_is_that_of_the_device_code(tmp_path: Path) -> None:
+    offsets, start = {"decode": 0}, DECODE.size
+    for name, code in GATHER_FIELDS:
+        offsets[name] = start
+        start += struct.calcsize(f"={code}")
+    assert_mirrors(tmp_path, "params.cuh", "GatherParams", offsets, GATHER.size)
+
+
+def test_the_gathering_kernels_shared_memory_is_that_of_the_device_code(tmp_path: Path) -> None:
+    for header in _build.KERNELS.glob("*.cuh"):
+        shutil.copy(header, tmp_path)
+    text = GATHERING.read_text().partition("#define DECODE_KERNEL")[0]
+    text += f"static_assert(sizeof(Shared) == {host.GATHER_BYTES});\n"
+    (tmp_path / "probe.cu").write_text(text + 'extern "C" __global__ void probe() {}')
+    _build.build(["probe"], kernels=tmp_path, out=tmp_path / "out", lax=True)
+
+
+FAR_APART = (
+    "takes indices into a pool whose rows are all equally far apart, got 656 bytes in blocks of 64 that are 83968 apart"
 )
 
 
@@ -229,10 +278,17 @@ TOO_MANY_ROWS = (
     ("changes", "reasons"),
     [
         ({}, []),
+        ({"num_heads": 128}, []),
         ({"dtype": "float16"}, ["takes bfloat16 queries of FP8 rows, got float16"]),
-        ({"num_heads": 33}, [TOO_MANY_ROWS]),
+        ({"kv_lora_rank": 256}, ["takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in [(512, 64)], got (256, 64)"]),
         ({"kv_cache_strides": (41992, 656, 656, 1)},
          ["needs strides of kv_cache that are not 0 and that 16 divides, got (41992, 656, 656, 1)"]),
+        ({"num_blocks": 2**21},
+         [f"takes a pool of FP8 rows of fewer than 64 GiB, got {2**21} blocks 41984 bytes apart"]),
+        ({"sparse": True, "block_size": 1, "kv_cache_strides": (656, 656, 656, 1)}, []),
+        ({"sparse": True, "kv_cache_strides": (2 * 41984, 656, 656, 1)},
+         [FAR_APART]),
+        ({"sparse": True, "wants_max": True}, ["does not return the largest score"]),
     ],
 )  # fmt: skip
 def test_refusals(changes: dict[str, object], reasons: list[str], on_host: OnHost) -> None:
@@ -240,7 +296,52 @@ def test_refusals(changes: dict[str, object], reasons: list[str], on_host: OnHos
     assert host.decode_refusals(dataclasses.replace(call, **changes)) == reasons
 
 
-def test_off_until_measured(fake_driver: Callable[..., FakeDriver]) -> None:
-    fake_driver()
-    call = on_hopper(fp8(Case("refused", (70,), num_heads=4, **SHAPE)))
-    assert host.decode_refusals(call) == ["its kernel for FP8 rows is switched off: not measured yet"]
+# --- rows named by index ----------------------------------------------------------------------------------------------
+
+SPARSE_CASES = tuple(
+    dataclasses.replace(case, kv_lora_rank=512, qk_rope_head_dim=64, fp8=True)
+    for case in (
+        test_sparse.Case("one index", 1, visible=1.0),
+        test_sparse.Case("a multiple of 64", 128, num_heads=64),
+        test_sparse.Case("not a multiple of 64", 100, num_heads=16),
+        test_sparse.Case("every index is -1", 64, visible=0.0),
+        test_sparse.Case("queries back to back", 70, batch=3, seqlen_q=2, num_heads=70),
+        test_sparse.Case("cut and merged", 700, batch=1),
+        test_sparse.Case("sinks", 70, sinks=True, num_heads=5),
+        test_sparse.Case("lengths, 0 and all among them", 128, batch=4, topk_length=(0, 1, 70, 128)),
+        test_sparse.Case("pages of one row", 70, block_size=1, num_blocks=300),
+        test_sparse.Case("pages of 16", 70, block_size=16, num_blocks=20),
+    )
+)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "late loads"])
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=[case.why for case in SPARSE_CASES])
+def test_rows_named_by_index(
+    case: test_sparse.Case, late: bool, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the op hands to the backend, by the kernel's own source; on slots that cut and slots that do not."""
+    on_host.loads_are_late = late
+    problem = test_sparse.make(case, torch.bfloat16)
+    sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
+    monkeypatch.setattr(sparse, "plan", lambda lengths, slots: definition.plan(lengths, 3))
+    equal_lengths._kept.clear()
+    batch, seqlen_q, num_heads, d_qk = problem.q.shape
+    call = check_sparse(
+        problem.q, problem.kv_cache, problem.indices, 512, problem.attn_sink, problem.topk_length, "sparse_decode"
+    )
+    call = dataclasses.replace(call, device_type="cuda", capability=(9, 0))
+    assert host.decode_refusals(call) == []
+    lengths = None if problem.topk_length is None else problem.topk_length.repeat_interleave(seqlen_q)
+    out, lse, _ = sparse.sparse_decode(
+        call,
+        problem.q.reshape(-1, 1, num_heads, d_qk),
+        problem.kv_cache,
+        problem.indices.reshape(-1, case.topk),
+        lengths,
+        case.softmax_scale,
+        problem.attn_sink,
+        False,
+    )
+    by_request = lse.view(batch, seqlen_q, num_heads).transpose(1, 2)
+    test_sparse.assert_right(problem, out.view(batch, seqlen_q, num_heads, 512), by_request)

@@ -1,10 +1,8 @@
-"""FP8 rows on a GPU: written and read by the compiled kernels, which are switched on here whether or not they are."""
+"""FP8 rows on a GPU: written and read by the compiled kernels."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,18 +17,7 @@ from flash_mla.codec import encode_rows, row_layout
 if not ON_HOPPER:
     pytest.skip("needs Hopper: the compiled kernels are for nothing else", allow_module_level=True)
 
-decode_host = importlib.import_module("flash_mla.backends.cuda.decode")
-append_host = importlib.import_module("flash_mla.backends.cuda.append")
 SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
-
-
-@pytest.fixture(autouse=True)
-def _on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(decode_host, "FP8_IS_ON", True)
-    monkeypatch.setattr(append_host, "FP8_IS_ON", True)
-    ops._choose.cache_clear()  # refusals are remembered
-    yield
-    ops._choose.cache_clear()
 
 
 CASES = (
@@ -47,6 +34,16 @@ CASES = (
     Case("large scores, 16 rows", (7000,), num_heads=16, q_factor=6.0, **SHAPE),
     Case("large scores, 32 rows", (4000, 70), num_heads=32, q_factor=6.0, **SHAPE),
     Case("a negative scale", (90, 2000), num_heads=16, softmax_scale=-0.2, **SHAPE),
+    Case("ragged, 64 rows", (64, 1, 0, 65, 700, 5000, 2560), num_heads=64, **SHAPE),
+    Case("ragged, 128 rows", (64, 1, 0, 65, 700, 5000, 2560), num_heads=128, **SHAPE),
+    Case("100 rows", (200, 129), num_heads=100, **SHAPE),
+    Case("causal, 64 rows", (129, 67, 130, 4000), num_heads=16, seqlen_q=4, **SHAPE),
+    Case("two latent heads, 40 rows", (70, 3, 900), num_heads=80, h_kv=2, **SHAPE),
+    Case("64 rows, pages of 16", (70, 3, 1000), num_heads=64, block_size=16, **SHAPE),
+    Case("64 rows, pages of 48", (49, 100, 1000), num_heads=40, block_size=48, **SHAPE),
+    Case("64 rows, pages of 128", (129, 3000), num_heads=64, block_size=128, **SHAPE),
+    Case("large scores, 64 rows", (7000,), num_heads=64, q_factor=6.0, **SHAPE),
+    Case("many requests, 128 rows", tuple(37 * request % 3000 for request in range(200)), num_heads=128, **SHAPE),
     Case("many requests", tuple(37 * request % 3000 for request in range(400)), num_heads=16, **SHAPE),
 )
 

@@ -17,6 +17,7 @@ BUILT_AROUND: dict[str, set[str]] = {
     "dense_decode": {"HGMMA", "UTMALDG"},
     "dense_decode_few": {"HGMMA", "UTMALDG"},
     "dense_decode_few_fp8": {"HGMMA", "UTMALDG", "LDSM"},
+    "dense_decode_fp8": {"HGMMA", "LDGSTS", "LDSM"},
     "plan": {"LDG", "STG"},
     "slots": {"LDG", "STG"},
 }
@@ -100,6 +101,23 @@ def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and
         stores = {name: n for name, n in count.items() if name.startswith("STSM")}
         assert stores == {"STSM.16.MT88.4": 2 * 2 * rows // 16}, kernel
         assert_roles(kernel, instructions, takers=1, givers=1)
+        found += 1
+    assert found == 2
+
+
+def test_decode_of_gathered_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Per unit as dense_decode. A half of a unit's 64 codes per thread become bf16 in two multiplications each two."""
+    found = 0
+    for file, kernel, instructions in shipped():
+        if file != "dense_decode_fp8":
+            continue
+        count = Counter(instructions)
+        products = {name: n for name, n in count.items() if name.startswith("HGMMA")}
+        assert products == {"HGMMA.64x64x16.F32.BF16": 36, "HGMMA.64x256x16.F32.BF16": 2 * 4}, kernel
+        assert (count["LDSM.16.M88.4"], count["STSM.16.M88.4"]) == (30, 4), kernel
+        conversions = 2 * 2  # places: two warpgroups, before the first unit and behind each
+        assert count["HFMA2.BF16_V2"] == conversions * 32, kernel
+        assert_roles(kernel, instructions, takers=1, givers=2)
         found += 1
     assert found == 2
 

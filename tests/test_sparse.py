@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE
+from cases import BACKENDS, DEVICE, needs_hopper
 from numerics import LSE_ERROR
 
 import flash_mla
 from flash_mla import ops
+from flash_mla.backends import equal_lengths
 from flash_mla.codec import decode_rows, encode_rows
 
 SPARSE_BACKENDS = [(backend, dtype) for backend, dtype in BACKENDS if backend != "cuda"]
@@ -193,6 +194,20 @@ def test_naming_every_row_in_order_is_dense_attention(fp8: bool) -> None:
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-12, atol=1e-12)
 
 
+# The compiled kernel: FP8 rows of 512 + 64.
+HOPPER_CASES = tuple(
+    dataclasses.replace(case, kv_lora_rank=512, qk_rope_head_dim=64) for case in CASES if case.fp8 and case.visible > 0
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=[case.why for case in HOPPER_CASES])
+def test_result_of_the_compiled_kernel(case: Case) -> None:
+    problem = make(case, torch.bfloat16)
+    assert_right(problem, *problem.run("cuda"))
+    assert_right(problem, *problem.run("cuda"))  # lengths and plan are kept
+
+
 @BY_BACKEND
 def test_a_row_named_twice_counts_twice(backend: str, dtype: torch.dtype) -> None:
     problem = make(Case("twice", 64, visible=1.0, batch=1), dtype)
@@ -306,7 +321,7 @@ def test_a_plan_of_full_lengths_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     made = []
     original = backend.plan
     monkeypatch.setattr(backend, "plan", lambda *arguments: (made.append(1), original(*arguments))[1])
-    monkeypatch.setattr(backend, "_whole", {})
+    monkeypatch.setattr(equal_lengths, "_kept", {})
     dtype = next(dtype for name, dtype in SPARSE_BACKENDS if name == "triton")
     problem = make(Case("kept", 2048, batch=1), dtype)
     for _ in range(3):

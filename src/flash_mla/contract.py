@@ -103,6 +103,7 @@ class DecodeCall:
     deterministic: bool = False  # the plan that comes with it cuts each request by its own length alone
     fp8: bool = False  # rows as `codec.py` describes them: strides of kv_cache are in bytes then
     sparse: bool = False  # each query reads the `max_blocks` rows that it names: a request is a query
+    wants_max: bool = False  # sparse: the largest score too
 
     @property
     def rows(self) -> int:
@@ -273,6 +274,7 @@ def check_sparse(
     attn_sink: torch.Tensor | None,
     topk_length: torch.Tensor | None,
     function: str = "sparse_decode",
+    wants_max: bool = False,
 ) -> DecodeCall:
     """Raise ValueError unless the arguments fit together; return the call in plain values, every query a request.
 
@@ -284,6 +286,7 @@ def check_sparse(
         attn_sink: float32 `[num_heads]` on the same device, or None.
         topk_length: int32 `[batch]` on the same device, how many of the first indices count; None: all.
         function: the name that error messages carry.
+        wants_max: whether the largest score is wanted too.
     """
     is_fp8 = _check_query(q, kv_cache, kv_lora_rank, function)
     batch, seqlen_q, num_heads, d_qk = q.shape
@@ -327,6 +330,7 @@ def check_sparse(
         kv_cache_misalignment=_misalignment(kv_cache),
         fp8=is_fp8,
         sparse=True,
+        wants_max=wants_max,
     )
 
 

@@ -398,7 +398,7 @@ def _sparse(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`sparse_decode`, and if wanted the largest scaled score, fp32 `[batch, num_heads, seqlen_q]`, natural log, -inf
     where nothing is visible."""
-    call = check_sparse(q, kv_cache, indices, kv_lora_rank, attn_sink, topk_length, function)
+    call = check_sparse(q, kv_cache, indices, kv_lora_rank, attn_sink, topk_length, function, wants_max)
     if debug.is_on():
         debug.check_sparse(function, call, kv_cache, indices, topk_length)
     name = _choose(function, call, backend)

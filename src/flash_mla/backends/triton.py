@@ -30,6 +30,7 @@ from ..contract import (
     DecodeCall,
     check_slots,
 )
+from .equal_lengths import equal_lengths
 from .torch import plan_whole
 
 kernels: Any = None
@@ -270,38 +271,12 @@ def sparse_decode(
     elif wants_max:
         lengths = torch.full((call.batch,), call.max_blocks, dtype=torch.int32, device=q.device)
     else:
-        lengths, items, splits = _all_of(q.device, call.batch, call.max_blocks, num_slots(call))
+        lengths, items, splits = equal_lengths(q.device, call.batch, call.max_blocks, num_slots(call), plan)
     if wants_max:
         items, splits = plan_whole(lengths, 1)
         largest = torch.empty((call.batch, call.num_heads, 1), dtype=torch.float32, device=q.device)
     out, lse = _launch(call, q, kv_cache, indices, lengths, softmax_scale, items, splits, attn_sink, largest)
     return out, lse, largest
-
-
-# Lengths and plans of queries that all name as many rows: the same for every layer of every step. By device, stream
-# (another one might come before they are made), queries, rows and slots; two or three batch sizes of a model.
-_whole: dict[tuple[torch.device, int, int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-MOST_WHOLE = 16
-
-
-def _all_of(
-    device: torch.device, num_queries: int, topk: int, slots: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lengths `[num_queries]`, all topk, and a plan for them: kept, but for those of a graph, which must own them."""
-    stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if device.type == "cuda" else 0
-    key = (device, stream, num_queries, topk, slots)
-    found = _whole.get(key)
-    if found is not None:
-        return found
-    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    with torch.inference_mode(False):
-        lengths = torch.full((num_queries,), topk, dtype=torch.int32, device=device)
-        made = (lengths, *plan(lengths, slots))
-    if not is_capturing:
-        if len(_whole) >= MOST_WHOLE:
-            _whole.clear()
-        _whole[key] = made
-    return made
 
 
 def _launch(

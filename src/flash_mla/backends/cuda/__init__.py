@@ -4,5 +4,16 @@ from .append import append, append_refusals
 from .decode import decode, decode_refusals, num_slots, runs_on
 from .plan import plan
 from .slots import next_slots
+from .sparse import sparse_decode
 
-__all__ = ["append", "append_refusals", "decode", "decode_refusals", "next_slots", "num_slots", "plan", "runs_on"]
+__all__ = [
+    "append",
+    "append_refusals",
+    "decode",
+    "decode_refusals",
+    "next_slots",
+    "num_slots",
+    "plan",
+    "runs_on",
+    "sparse_decode",
+]

@@ -14,10 +14,7 @@ from ...codec import ROW_ALIGNMENT
 from ...contract import AppendCall
 from . import driver
 
-__all__ = ["FP8_IS_ON", "AppendParams", "append", "append_refusals", "geometry"]
-
-# Switched on once it has been measured on a Hopper GPU.
-FP8_IS_ON = False
+__all__ = ["AppendParams", "append", "append_refusals", "geometry"]
 
 CAPABILITY = (9, 0)
 # Rows per CTA, one warp each. Few rows go one to a CTA, to as many SMs as there are: a row is bound by latency then.
@@ -109,8 +106,6 @@ def append_refusals(call: AppendCall) -> list[str]:
 
 
 def _fp8_refusals(call: AppendCall) -> list[str]:
-    if not FP8_IS_ON:
-        return ["its kernel for FP8 rows is switched off: not measured yet"]
     reasons = []
     if call.dtype not in FP8_KERNELS:
         reasons.append(f"encodes FP8 rows from bfloat16, float16 or float32, got {call.dtype}")

@@ -19,7 +19,7 @@ import torch
 from ...codec import row_layout
 from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, fixed_slots
 from . import driver
-from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, FP8_DECODE, TENSOR_MAP_BYTES
+from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, FP8_DECODE, GATHER, TENSOR_MAP_BYTES
 
 __all__ = ["decode", "decode_refusals", "num_slots", "runs_on", "workspace_bytes"]
 
@@ -37,11 +37,12 @@ SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 FEW_ROWS = {16: 230400, 32: 229376}
 FEW_SHAPES = ((512, 64),)
 FEW_BOX_TILES = 3  # a box is a third of a unit
-# kernels/dense_decode_few_fp8.cu: query rows of its kernels -> sizeof(Shared). Switched on once it has been measured on
-# a Hopper GPU.
-FP8_IS_ON = False
+# kernels/dense_decode_few_fp8.cu: query rows of its kernels -> sizeof(Shared).
 FP8_ROWS = {16: 223232, 32: 215040}
+MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
+# sizeof(Shared) of kernels/dense_decode_fp8.cu: FP8 rows for more query rows, and named by index.
+GATHER_BYTES = 229376
 TILE_SCALES, FEW_SCALES = 2, 8  # TileLayout::SCALES and FewLayout::SCALES of kernels/partial.cuh
 LOG2_E = math.log2(math.e)
 # How rows are merged, by their number: a CTA of 256 threads per row and 64 columns, 128, or all; beyond that a warp per
@@ -55,7 +56,7 @@ class _PerThread(threading.local):
     """Buffers that the driver copies from during a launch."""
 
     def __init__(self) -> None:
-        self.decode = ctypes.create_string_buffer(FP8_DECODE.size)  # which begins with DECODE
+        self.decode = ctypes.create_string_buffer(max(FP8_DECODE.size, GATHER.size))  # which begin with DECODE
         self.combine = ctypes.create_string_buffer(COMBINE.size)
         self.decode_bytes = memoryview(self.decode).cast("B")
         self.combine_bytes = memoryview(self.combine).cast("B")
@@ -89,8 +90,10 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     reasons = []
     if call.fp8:
         reasons += _fp8_refusals(call)
-    if call.sparse:
-        reasons.append("has no kernel for sparse attention")
+    if call.sparse and not call.fp8:
+        reasons.append("has no kernel for sparse attention over rows that are not FP8")
+    if call.wants_max:
+        reasons.append("does not return the largest score")
     if call.capability != CAPABILITY:
         major, minor = call.capability or (0, 0)
         reasons.append(f"needs compute capability 9.0 (Hopper), have {major}.{minor}")
@@ -99,7 +102,7 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if shape not in LATENT_SHAPES:
         reasons.append(f"takes (kv_lora_rank, qk_rope_head_dim) in {list(LATENT_SHAPES)}, got {shape}")
-    if call.block_size % 16:
+    if call.block_size % 16 and not call.sparse:
         reasons.append(f"takes a block_size that 16 divides, got {call.block_size}")
     if call.kv_cache_strides[3] != 1:
         reasons.append(f"needs the last stride of kv_cache to be 1, got {call.kv_cache_strides[3]}")
@@ -119,15 +122,21 @@ def decode_refusals(call: DecodeCall) -> list[str]:
 
 
 def _fp8_refusals(call: DecodeCall) -> list[str]:
-    if not FP8_IS_ON:
-        return ["its kernel for FP8 rows is switched off: not measured yet"]
     reasons = []
     if call.dtype != "bfloat16":
         reasons.append(f"takes bfloat16 queries of FP8 rows, got {call.dtype}")
-    if (call.kv_lora_rank, call.qk_rope_head_dim) not in FEW_SHAPES or call.rows > max(FP8_ROWS):
+    shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    if shape not in FEW_SHAPES:
+        reasons.append(f"takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)}, got {shape}")
+    block, row = call.kv_cache_strides[:2]
+    if call.num_blocks * block >= MOST_POOL_BYTES:
         reasons.append(
-            f"takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)} for up to {max(FP8_ROWS)} query "
-            f"rows per latent head, got ({call.kv_lora_rank}, {call.qk_rope_head_dim}) and {call.rows}"
+            f"takes a pool of FP8 rows of fewer than 64 GiB, got {call.num_blocks} blocks {block} bytes apart"
+        )
+    if call.sparse and call.num_blocks > 1 and block != call.block_size * row:
+        reasons.append(
+            f"takes indices into a pool whose rows are all equally far apart, got {row} bytes in blocks of "
+            f"{call.block_size} that are {block} apart"
         )
     return reasons
 
@@ -201,7 +210,8 @@ def _form(call: DecodeCall) -> _Form:
     """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if call.fp8:
-        return _fp8_form_of(next(rows for rows in FP8_ROWS if call.rows <= rows), *shape)
+        rows = next((rows for rows in FP8_ROWS if call.rows <= rows and not call.sparse), ROW_TILE)
+        return _fp8_form_of(rows, call.sparse, *shape)
     rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
     return _form_of(rows, call.dtype, *shape)
 
@@ -219,7 +229,11 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
 
 
 @functools.cache
-def _fp8_form_of(rows: int, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+def _fp8_form_of(rows: int, sparse: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+    if rows not in FP8_ROWS:
+        name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' if sparse else ''}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
+        merge = f"plain_bf16_{kv_lora_rank}"
+        return _Form("dense_decode_fp8", name, GATHER_BYTES, ROW_TILE, 0, TILE_SCALES, merge)
     name = f"flash_fwd_splitkv_mla_fp8_kernel_few{rows}_bf16_{kv_lora_rank}_{qk_rope_head_dim}"
     merge = f"few_bf16_{kv_lora_rank}"
     return _Form("dense_decode_few_fp8", name, FP8_ROWS[rows], rows, FP8_BOX_TILES, FEW_SCALES, merge)
@@ -371,9 +385,14 @@ def _prepare(
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
     form = _form(call)
     fp8: tuple[Any, ...] = ()  # what its struct has besides
-    if call.fp8:
+    queries = (rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
+    if form.kv_tiles == 0:
+        q_map = kv_map = b""
+        strides = [kv_cache.stride(dim) // 16 for dim in (0, 1, 2)]
+        fp8 = (*queries, kv_cache.data_ptr(), *strides, call.num_blocks * call.block_size)
+    elif call.fp8:
         q_map, kv_map, scale_map = _fp8_maps(call, kv_cache, box_rows)
-        fp8 = (scale_map, rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
+        fp8 = (scale_map, *queries)
     else:
         q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
         # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
@@ -404,7 +423,7 @@ def _prepare(
             call.causal and call.seqlen_q > 1,
         )
         if fp8:
-            decode = FP8_DECODE.pack(decode, *fp8)
+            decode = (FP8_DECODE if form.kv_tiles else GATHER).pack(decode, *fp8)
         launch = (decode, (piece_slots * tiles, 1, 1), first_slot * 16)
         merge = _merge(call, form, num_requests, piece_slots, (first_request, first_slot)) if may_cut else ()
         made.append(_Piece(*launch, *merge))

@@ -13,6 +13,8 @@ __all__ = [
     "DECODE_FIELDS",
     "FP8_DECODE",
     "FP8_DECODE_FIELDS",
+    "GATHER",
+    "GATHER_FIELDS",
     "TENSOR_MAP_BYTES",
 ]
 
@@ -67,6 +69,21 @@ FP8_DECODE_FIELDS = (("q", "Q"), ("q_stride_request", "q"), ("q_stride_row", "q"
 _fields = "".join(code for _, code in FP8_DECODE_FIELDS)
 _used = struct.calcsize(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}")
 FP8_DECODE = struct.Struct(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
+# GatherParams: DecodeParams, whose maps are not used, and these.
+GATHER_FIELDS = (
+    ("q", "Q"),
+    ("q_stride_request", "q"),
+    ("q_stride_row", "q"),
+    ("q_stride_head", "q"),
+    ("pool", "Q"),
+    ("block_stride", "I"),
+    ("row_stride", "I"),
+    ("head_stride", "I"),
+    ("num_rows", "i"),
+)
+_fields = "".join(code for _, code in GATHER_FIELDS)
+_used = struct.calcsize(f"={DECODE.size}s{_fields}")
+GATHER = struct.Struct(f"={DECODE.size}s{_fields}{-_used % 64}x")
 _fields = "".join(code for _, code in COMBINE_FIELDS)
 COMBINE = struct.Struct(f"={_fields}{-struct.calcsize(f'={_fields}') % 8}x")
 # The addresses alone, which differ from call to call: behind the tensor maps, and at the beginning.

@@ -1,0 +1,38 @@
+"""Lengths and plans of queries that all name as many rows: the same for every layer of every step, so they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["equal_lengths"]
+
+# By backend, device, stream (another one might come before they are made), queries, rows and slots; two or three batch
+# sizes of a model.
+_kept: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+MOST_KEPT = 16
+
+
+def equal_lengths(
+    device: torch.device,
+    num_queries: int,
+    topk: int,
+    slots: int,
+    plan: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lengths int32 `[num_queries]`, all topk, and `plan` of them: kept, but a graph owns its own."""
+    stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if device.type == "cuda" else 0
+    key = (plan, device, stream, num_queries, topk, slots)
+    found = _kept.get(key)
+    if found is not None:
+        return found
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with torch.inference_mode(False):
+        lengths = torch.full((num_queries,), topk, dtype=torch.int32, device=device)
+        made = (lengths, *plan(lengths, slots))
+    if not is_capturing:
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        _kept[key] = made
+    return made
