@@ -18,18 +18,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file
+from tiny_models import build, greedy, need, prompt
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from flash_mla import ops
 from flash_mla.backends import torch as definition
 from flash_mla.cli.app import app
+from flash_mla.contract import UnsupportedError
+from flash_mla.serving import gate, serve
+from flash_mla.serving.gate import Ticket
+from flash_mla.serving.metrics import Metrics
 from flash_mla.serving.serve import Server, Settings
+from flash_mla.serving.turn import EndedError, Turns, _Turn
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "examples/tiny-deepseek-v3"
@@ -132,9 +142,6 @@ def server() -> Iterator[Running]:
 
 
 def test_json_is_what_generate_says(server: Running) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
     model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, dtype=torch.float32, attn_implementation="sdpa")
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -192,6 +199,16 @@ def test_without_a_limit_the_answer_ends_within_the_servers(server: Running) -> 
 
 def test_the_newer_name_of_the_limit_comes_first(server: Running) -> None:
     assert server.chat(max_completion_tokens=3, max_tokens=5).usage.completion_tokens == 3
+
+
+def test_the_snippet_of_the_page_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S)
+    for said, meant in (("http://127.0.0.1:8000", server.url), ('"none"', repr(KEY))):
+        assert said in code
+        code = code.replace(said, meant)
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    text = server.chat().choices[0].message.content
+    assert capsys.readouterr().out == f"{text}\n{text}"
 
 
 # --- who leaves -------------------------------------------------------------------------------------------------------
@@ -364,6 +381,7 @@ def test_a_body_over_the_limit_is_413(server: Running) -> None:
             continue
         assert status == 413
         assert f"at most {MAX_BODY} bytes" in answer["error"]["message"]
+        assert ("got at least" in answer["error"]["message"]) == (size > 16 * MAX_BODY)
     padding = b" " * (MAX_BODY - len(chat_body()))
     assert server.request("/v1/chat/completions", chat_body() + padding)[0] == 200
 
@@ -436,6 +454,14 @@ def test_ping_is_503_until_the_model_is_warm_and_after_the_device_is_gone() -> N
         assert running.request("/ping") == (200, {"status": "ok"})
         assert running.chat(model=str(ROOT / MODEL)).usage.completion_tokens == 12
 
+        (loaded,) = server._models.loaded_models.values()
+        loaded.model.generation_config.do_sample = True
+        sampled = [
+            running.chat(model=str(ROOT / MODEL), seed=seed, temperature=2).choices[0].message.content
+            for seed in (1, 2, 1)
+        ]
+        assert sampled[0] == sampled[2] != sampled[1]
+
         def gone() -> None:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -491,6 +517,56 @@ def test_failures_and_deadlines_are_json_and_leave_nothing(monkeypatch: pytest.M
         assert server.turns.cache.memory_report().tokens_used == 0
 
 
+@pytest.mark.usefixtures("definition_only")
+def test_a_server_that_stops_says_so_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "GOODBYE_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.5)
+    ready = threading.Event()
+    server = Server(settings(), on_ready=lambda url: ready.set())
+    long = chat_body(model=str(ROOT / MODEL), max_tokens=500, logit_bias=NO_END)
+    with started(server) as running, ThreadPoolExecutor() as pool:
+        assert ready.wait(PATIENCE)
+        with contextlib.closing(socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE)) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        first = pool.submit(running.request, "/v1/chat/completions", long)
+        running.until(lambda now: now["requests_running"] == 1)
+        second = pool.submit(running.raw, "/v1/chat/completions", long[:-1] + b', "stream": true}', KEY)
+        running.until(lambda now: now["requests_waiting"] == 1)
+        server.stop()
+        status, answer = first.result(PATIENCE)
+        assert (status, answer["error"]["message"]) == (503, "stopped")
+        status, text = second.result(PATIENCE)
+        assert (status, text.split(b"\n\n")[1]) == (200, b'data: {"error": "stopped"}')
+
+
+@pytest.mark.usefixtures("definition_only")
+@pytest.mark.parametrize("family", ["deepseek_v32", "kimi_linear", "dots3_note", "longcat_flash", "mistral4"])
+def test_the_one_cache_is_as_new_in_every_turn(family: str) -> None:
+    need(family)
+    model = build(family, "flash_mla")
+    turns = Turns(Metrics(), max_new_tokens=8, max_waiting=0)
+    turns.warm(model, max_cache_len=96, block_size=16, dtype=None)
+    inputs = prompt((40,))
+    expected = greedy(model, inputs).tolist()
+    for _ in range(2):
+        ticket = Ticket()
+        turn = _Turn(turns, model, ticket, prompt_tokens=40)
+        assert greedy(turn, inputs).tolist() == expected
+        assert turns.cache.memory_report().tokens_used == 0
+        ticket.end("left")
+        with pytest.raises(EndedError, match="left"):
+            greedy(turn, inputs)
+
+
+def test_a_family_without_pages_is_refused() -> None:
+    need("glm5_next")
+    with pytest.raises(UnsupportedError, match="glm5_next_text keeps Transformers' own cache"):
+        Turns(Metrics(), max_new_tokens=8, max_waiting=0).warm(
+            build("glm5_next", "flash_mla"), max_cache_len=64, block_size=16, dtype=None
+        )
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -505,13 +581,14 @@ def test_continuous_batching_is_refused_with_the_reason() -> None:
 
 
 def test_a_model_that_cannot_be_served_is_an_error_and_no_server(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     assert "no-such-folder" in refused(tmp_path / "no-such-folder", "--port", 0)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((ROOT / MODEL / name).read_bytes())
+    torch.save(load_file(ROOT / MODEL / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    AutoModelForCausalLM.from_pretrained(tmp_path)  # Transformers takes it
+    assert "has no safetensors, and pickled weights are not read" in refused(tmp_path, "--port", 0)
     tiny = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
     LlamaForCausalLM(tiny).save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((ROOT / MODEL / name).read_bytes())
     assert "has no kv_lora_rank" in refused(tmp_path, "--port", 0)
 
 

@@ -42,13 +42,13 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """A request in flight, from its headers to the end of its answer.
 
     Attributes:
-        ended: why nobody waits for more of the answer ("left", "timed_out", "answered"), None while somebody does.
-            Written by the event loop, read by the thread that generates, once per token.
+        ended: why there will be no more of the answer ("left", "timed_out", "stopped", "answered"), None while there
+            may be. Written by the event loop, read by the thread that generates, once per token.
         max_new_tokens: what the request asks for; None: it does not say.
         seed: of sampling, or None.
         arrived: `time.perf_counter()` of the headers.
@@ -96,6 +96,12 @@ class Gate:
         self.api_key = None if api_key is None else api_key.encode()
         self.max_body = max_body
         self.timeout = timeout
+        self._open: set[Ticket] = set()
+
+    def end_all(self) -> None:
+        """The server stops: every answer under way ends at its next token, with an error."""
+        for ticket in self._open:
+            ticket.end("stopped")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One connection's request."""
@@ -104,6 +110,7 @@ class Gate:
             return
         ticket = Ticket()
         current_ticket.set(ticket)
+        self._open.add(ticket)
         status: int | None = None
 
         async def noting(message: Message) -> None:
@@ -126,6 +133,7 @@ class Gate:
         finally:
             # Whatever way the answer ended, a generation that still runs for it stops at its next token.
             ticket.end("answered")
+            self._open.discard(ticket)
             self._count(scope["path"], status, ticket)
 
     def _check_key(self, scope: MutableMapping[str, Any]) -> None:
@@ -215,7 +223,7 @@ class Gate:
         self.metrics.requests.labels(path if path in PATHS else "other", label).inc()
         if ticket.ended in ("left", "timed_out"):
             self.metrics.errors.labels(ticket.ended).inc()
-        elif status is None or status >= 500 or ticket.failed:
+        elif status is None or status >= 500 or ticket.failed or ticket.ended == "stopped":
             self.metrics.errors.labels("failed").inc()
         elif status >= 400:
             self.metrics.errors.labels("refused").inc()

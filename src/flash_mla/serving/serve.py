@@ -8,6 +8,7 @@ that load, unload or fetch what a client names are left out.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -36,6 +37,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..hf.register import NAME, register
 from .body import ChatBody, CompletionBody
@@ -47,10 +49,15 @@ __all__ = ["Server", "Settings"]
 
 logger = logging.getLogger(__name__)
 
+# A file that is missing is None.
+QUIETLY = {"_raise_exceptions_for_missing_entries": False}
 # Of a request, where `ctx` does not say and the model has room for more: 2.2 GiB of V3's latents in bf16.
 DEFAULT_CTX = 32768
-# Seconds that a stopping server gives to the answers under way.
-GOODBYE_SECONDS = 5
+# Seconds that a stopping server gives to the answers under way, and then to the errors that end them.
+GOODBYE_SECONDS = 5.0
+ERRORS_SECONDS = 5
+# Of an answer that ended before its end; 499, as nginx has it: the client left.
+ENDED_STATUS = {"left": 499, "stopped": 503, "timed_out": 504}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Settings:
 
 
 class _Models(ModelManager):
-    """Transformers' model manager, which knows one attention more."""
+    """Transformers' model manager, which knows one attention more and reads no pickle."""
 
     attn_implementation: str | None
 
@@ -100,6 +107,15 @@ class _Models(ModelManager):
         self.attn_implementation = None if asked == NAME else asked
         super()._validate_args()
         self.attn_implementation = asked
+
+    def _load_model(self, model_id_and_revision: str, *args: Any, gguf_file: str | None = None, **more: Any) -> Any:
+        model_id, revision = model_id_and_revision.split("@", 1)
+        # Transformers takes safetensors where there are any, and else unpickles.
+        names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME) if gguf_file is None else ()
+        found = [cached_file(model_id, name, revision=revision, **QUIETLY) for name in names]
+        if names and not any(found):
+            raise ValueError(f"flash-mla serve: {model_id} has no safetensors, and pickled weights are not read")
+        return super()._load_model(model_id_and_revision, *args, gguf_file=gguf_file, **more)
 
 
 class _OneQueue(GenerationState):
@@ -111,6 +127,18 @@ class _OneQueue(GenerationState):
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Turns:
         return self._turns
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says goodbye to the answers under way; uvicorn by itself cuts them off without a word."""
+
+    def __init__(self, config: Any, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    async def shutdown(self, *args: Any, **more: Any) -> None:
+        asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._gate.end_all)
+        await super().shutdown(*args, **more)
 
 
 class Server:
@@ -139,7 +167,7 @@ class Server:
             max_body=settings.max_body,
             timeout=settings.timeout,
         )
-        self._uvicorn = uvicorn.Server(
+        self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
                 host=settings.host,
@@ -150,8 +178,9 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=GOODBYE_SECONDS,
-            )
+                timeout_graceful_shutdown=int(GOODBYE_SECONDS) + ERRORS_SECONDS,
+            ),
+            app,
         )
 
     def run(self) -> None:
@@ -279,7 +308,7 @@ class Server:
             answer: Response = await self._handlers[handler].handle_request(body.for_transformers(), ticket.request_id)
             return answer
         except EndedError as ended:
-            raise HTTPException(504 if str(ended) == "timed_out" else 499, str(ended)) from None
+            raise HTTPException(ENDED_STATUS.get(str(ended), 500), str(ended)) from None
         except FailedError as failed:
             raise HTTPException(500, str(failed)) from None
         except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
