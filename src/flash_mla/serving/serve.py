@@ -175,7 +175,7 @@ class Server:
                 # The parser that every installation has; "auto" would take another where one is found.
                 http="h11",
                 ws="none",
-                log_level="warning",
+                log_level="error",  # not a line for whoever sends noise
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(GOODBYE_SECONDS) + ERRORS_SECONDS,
