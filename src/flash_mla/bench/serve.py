@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 try:
@@ -31,7 +30,7 @@ except ImportError as error:
         f"flash-mla bench serve needs {error.name}: pip install 'transformers-flash-mla[serve]'", name=error.name
     ) from None
 
-__all__ = ["Found", "Setting", "checks", "cpu", "measure"]
+__all__ = ["Found", "Setting", "checks", "measure"]
 
 PROMPTS = ("Licensed under", "You may", "The latent is", "Unless required by applicable law", "A page of 64 tokens")
 START_SECONDS = 600.0
@@ -114,15 +113,6 @@ def checks(found: Found, max_growth_MiB: float) -> dict[str, bool]:
         "/ping says 200": found.ping == 200,
         f"memory grew by at most {max_growth_MiB:g} MiB": found.growth_MiB() <= max_growth_MiB,
     }
-
-
-def cpu() -> dict[str, Any]:
-    """Name and number of this machine's processors."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return {"cpu": line.partition(":")[2].strip(), "cores": os.cpu_count()}
-    return {"cpu": None, "cores": os.cpu_count()}
 
 
 def measure(setting: Setting, progress: Callable[[float, Found], None] = lambda seconds, found: None) -> Found:

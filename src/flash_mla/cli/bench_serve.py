@@ -31,10 +31,10 @@ def serve(
 ) -> None:
     """Load a server of its own with many clients, a third of them broken, and check answers, pages and memory."""
     try:
-        from ..bench.serve import Setting, checks, cpu, measure
+        from ..bench.serve import Setting, checks, measure
     except ImportError as error:
         stop(f"ImportError: {error}")
-    from ..bench.report import machine, write_report
+    from ..bench.report import cpu, machine, write_report
 
     where = device_of(device)
     setting = Setting(model, clients, seconds, new_tokens, seed=seed, server_options=("--device", device or "auto"))
