@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 # A file that is missing is None.
 QUIETLY = {"_raise_exceptions_for_missing_entries": False}
-# Of a request, where `ctx` does not say and the model has room for more: 2.2 GiB of V3's latents in bf16.
+# Of a request, where `ctx` does not say and the model has room for more: 2.1 GiB of V3's latents in bf16.
 DEFAULT_CTX = 32768
 # Seconds that a stopping server gives to the answers under way, and then to the errors that end them.
 GOODBYE_SECONDS = 5.0
