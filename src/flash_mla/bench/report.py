@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
 import platform
 import re
 import shlex
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "write_report"]
+__all__ = ["cpu", "machine", "write_report"]
 
 PACKAGES = ("transformers-flash-mla", "torch", "transformers", "accelerate", "safetensors", "triton", "huggingface-hub")
 
@@ -35,6 +37,15 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", first)
     return found.group(1) if found else first
+
+
+def cpu() -> dict[str, Any]:
+    """Name and number of this machine's processors."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return {"cpu": line.partition(":")[2].strip(), "cores": os.cpu_count()}
+    return {"cpu": None, "cores": os.cpu_count()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import typer
 
 from .bench_commands import bench
 from .options import console, device_of, dtype_of, stop
+from .serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
 app.add_typer(bench, name="bench")
+app.command()(serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from .bench_serve import serve
 from .options import console, device_of, dtype_of, stop
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
+bench.command()(serve)
 
 RESULTS = Path("benchmarks/results")
 Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
