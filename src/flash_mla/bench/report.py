@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu", "machine", "write_report"]
+__all__ = ["cpu", "machine", "to_json", "write_report"]
 
 PACKAGES = ("transformers-flash-mla", "torch", "transformers", "accelerate", "safetensors", "triton", "huggingface-hub")
 
@@ -71,6 +71,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def to_json(report: dict[str, Any]) -> str:
+    """`report` as JSON with the command line added."""
+    return json.dumps({**report, "command": shlex.join(["flash-mla", *sys.argv[1:]])}, indent=1)
+
+
 def write_report(out: Path, name: str, report: dict[str, Any]) -> Path:
     """Write `report` as JSON with the command line added; return the file.
 
@@ -83,6 +88,5 @@ def write_report(out: Path, name: str, report: dict[str, Any]) -> Path:
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         out = out / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{stamp}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["flash-mla", *sys.argv[1:]])
-    out.write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
+    out.write_text(to_json(report) + "\n")
     return out

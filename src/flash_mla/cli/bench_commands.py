@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from .bench_serve import serve
-from .options import console, device_of, dtype_of, stop
+from .options import Json, Output, device_of, dtype_of, stop
+from .progress import bars
 
 if TYPE_CHECKING:
     from ..bench.decode_shapes import DecodeShape
@@ -23,7 +25,13 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes 
 bench.command()(serve)
 
 RESULTS = Path("benchmarks/results")
-Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"JSON file, or folder for a file named by what and when. Default: {RESULTS}; with --json: none.",
+        show_default=False,
+    ),
+]
 
 
 class Attention(str, Enum):
@@ -78,21 +86,21 @@ def kernel(
         bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the roofline, as this PNG.")] = None,
-    out: Out = RESULTS,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
     from ..bench import kernel as bench_kernel
     from ..bench.check import WrongResultError
     from ..bench.decode_shapes import DecodeShape
     from ..bench.figures import compare, read_anchors, summarize
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from ..bench.roofline import draw_roofline, require_matplotlib
     from ..codec import row_layout
     from ..contract import UnsupportedError
-    from .tables import class_table, kernel_table, losses
+    from .tables import class_table, kernel_table, losses, rates
 
-    known = read_anchors(anchors) if anchors is not None else None
-    latent = (kv_lora_rank, qk_rope_head_dim, block_size)
+    known, latent = read_anchors(anchors) if anchors else None, (kv_lora_rank, qk_rope_head_dim, block_size)
     if topk is not None and varlen:
         raise typer.BadParameter("reads topk rows whatever the length: not with --varlen", param_hint="--topk")
     try:
@@ -118,45 +126,37 @@ def kernel(
     where = device_of(None)
     if where.type != "cuda":
         stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
-    timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
-    head = machine(where)
-    at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+    timing, head = bench_kernel.Timing(rounds, burst, pause, sustained, cold), machine(where)
     results, appended, failed = [], {}, dict[str, str]()
-    for to_fp8 in appends:
-        name = f"append{' fp8' * to_fp8}"
-        try:
-            appended[name] = bench_kernel.time_append(kind, timing, *latent, to_fp8)
-        except (UnsupportedError, WrongResultError) as error:
-            failed[name] = str(error)
-    for shape in shapes:
-        torch.cuda.empty_cache()
-        try:
-            measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
-        except torch.OutOfMemoryError as error:
-            measured, refused = [], {shape.name: str(error)}
-        results += measured
-        failed |= refused
-        # As it comes: a later shape may end the process.
-        for result in measured:
-            typer.echo(f"{result.shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
+    with bars(as_json, during_measurement=True) as step:
+        step("ceilings, append", 0, 1)
+        at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+        for to_fp8 in appends:
+            name = f"append{' fp8' * to_fp8}"
+            try:
+                appended[name] = bench_kernel.time_append(kind, timing, *latent, to_fp8)
+            except (UnsupportedError, WrongResultError) as error:
+                failed[name] = str(error)
+        step("ceilings, append", 1, 1)
+        for number, shape in enumerate(shapes):
+            step("shapes", number, len(shapes))
+            torch.cuda.empty_cache()
+            try:
+                measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
+            except torch.OutOfMemoryError as error:
+                measured, refused = [], {shape.name: str(error)}
+            results += measured
+            failed |= refused
+            # As it comes: a later shape may end the process.
+            for result in measured:
+                typer.echo(f"{result.shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
     rows = compare(results, known, at_best)
-    summary = summarize(rows)
-    console.print(kernel_table(rows, head["device"]))
+    summary, output = summarize(rows), Output(as_json)
+    output.show(kernel_table(rows, head["device"]))
     if len(shapes) > 1:
-        console.print(class_table(summary))
-    for line in losses(rows):
-        typer.echo(line)
-    if at_best is not None:
-        typer.echo(
-            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
-            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
-        )
-    for name, figure in appended.items():
-        came = f", from {figure.token_bytes:,} each," * (figure.token_bytes != figure.row_bytes)
-        typer.echo(
-            f"{name}, {figure.backend}: {figure.tokens:,} rows of {figure.row_bytes:,} bytes{came} in "
-            f"{figure.ms:.4f} ms, {figure.TBps:.2f} TB/s read and written"
-        )
+        output.show(class_table(summary))
+    for line in (*losses(rows), *rates(at_best, appended)):
+        output.say(line)
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -175,10 +175,9 @@ def kernel(
         "not_measured": failed,
     }
     listed = f"kernel{'-fp8' * fp8}{'' if topk is None else f'-top{topk}'}"
-    stem = listed if batch is None else f"kernel-{shapes[0].name}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    _deliver(report, listed if batch is None else f"kernel-{shapes[0].name}", out, as_json)
     if plot is not None and rows:
-        typer.echo(f"wrote {draw_roofline(report, plot)}")
+        typer.echo(f"wrote {draw_roofline(report, plot)}", err=as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -243,13 +242,14 @@ def generate(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
     ] = None,
-    out: Out = RESULTS,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
     from ..bench import generate as bench_generate
     from ..bench.context import compare
     from ..bench.plots import draw_generate, require_matplotlib
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from ..bench.shapes import build_model
     from .tables import device_time_table, generate_table, ran
 
@@ -269,40 +269,43 @@ def generate(
             stop(f"ImportError: {error}")
     head = machine(where)
     if model == "v3-layer":
-        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out)
+        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out, as_json)
         return
-    try:
-        loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
-    except ImportError as error:
-        stop(f"ImportError: {error}")
-    if experts is not None:
-        loaded.set_experts_implementation(experts)
     settings = [
         bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
         for length in prompts
         for name in names
     ]
     in_turns = cache is CacheKind.dynamic if turns is None else turns
-    results, failed = bench_generate.measure(
-        loaded,
-        settings,
-        rounds=rounds,
-        in_turns=in_turns,
-        warmup=warmup,
-        profile=profile,
-        report=lambda line: typer.echo(line, err=True),
-    )
+    with bars(as_json, during_measurement=True) as step:
+        try:
+            loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+        except ImportError as error:
+            stop(f"ImportError: {error}")
+        if experts is not None:
+            loaded.set_experts_implementation(experts)
+        results, failed = bench_generate.measure(
+            loaded,
+            settings,
+            rounds=rounds,
+            in_turns=in_turns,
+            warmup=warmup,
+            profile=profile,
+            report=lambda line: typer.echo(line, err=True),
+            progress=lambda done, total: step("runs", done, total),
+        )
+    output = Output(as_json)
     against = names[1] if len(names) > 1 else None
     rows = compare([result.to_json() for result in results], against)
     if rows:
-        console.print(generate_table(rows, head["device"], against))
+        output.show(generate_table(rows, head["device"], against))
     if profile and results:
-        console.print(device_time_table(results))
+        output.show(device_time_table(results))
     for result in results:
-        typer.echo(ran(result))
+        output.say(ran(result))
     for result in results:
         if result.identical_rows is not None:
-            typer.echo(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
+            output.say(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -315,10 +318,10 @@ def generate(
         "not_measured": failed,
     }
     stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    _deliver(report, stem, out, as_json)
     if plot is not None and rows:
         for path in draw_generate(report, plot):
-            typer.echo(f"wrote {path}")
+            typer.echo(f"wrote {path}", err=as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -332,16 +335,18 @@ def _layers(
     dtype: torch.dtype,
     hidden_size: int,
     profile: bool,
-    out: Path,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     from ..bench.layer import time_layer
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from .tables import device_time_table, layer_table, ran
 
     head = machine(device)
     layers, failed = [], dict[str, str]()
-    for length in prompts:
-        for name in names:
+    with bars(as_json, during_measurement=True) as step:
+        for number, (length, name) in enumerate(itertools.product(prompts, names)):
+            step("runs", number, len(prompts) * len(names))
             try:
                 layer = time_layer(
                     attn=name,
@@ -357,12 +362,13 @@ def _layers(
                 failed[f"{name}, prompt {length}"] = str(error)
             else:
                 layers.append(layer)
+    output = Output(as_json)
     if layers:
-        console.print(layer_table(layers, head["device"]))
+        output.show(layer_table(layers, head["device"]))
     if profile and layers:
-        console.print(device_time_table(layers))
+        output.show(device_time_table(layers))
     for layer in layers:
-        typer.echo(ran(layer))
+        output.say(ran(layer))
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -371,10 +377,19 @@ def _layers(
         "rows": [row.to_json() for row in layers],
         "not_measured": failed,
     }
-    stem = f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    _deliver(report, f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}", out, as_json)
     if failed:
         raise typer.Exit(1)
+
+
+def _deliver(report: dict[str, Any], stem: str, out: Path | None, as_json: bool) -> None:
+    """Put a report into a file; with --json on standard output, and into a file only if one is named."""
+    from ..bench.report import to_json, write_report
+
+    if as_json:
+        typer.echo(to_json(report))
+    if out is not None or not as_json:
+        typer.echo(f"wrote {write_report(out or RESULTS, stem, report)}", err=as_json)
 
 
 def _lengths(text: str) -> list[int]:

@@ -10,6 +10,7 @@ from ..bench.decode_shapes import name_of
 from ..bench.figures import FLAGGED, series_of
 
 if TYPE_CHECKING:
+    from ..bench.figures import AppendFigure, Ceilings
     from ..bench.generate import GenerateResult
     from ..bench.layer import LayerResult
 
@@ -22,6 +23,7 @@ __all__ = [
     "losses",
     "new_table",
     "ran",
+    "rates",
 ]
 
 
@@ -197,4 +199,21 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
         lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio > 1]
         text = f"{backend} against the best anchor: {len(ratios) - len(lost)} of {len(ratios)} shapes faster"
         lines.append(text + (f"; slower: {', '.join(lost)}" if lost else ""))
+    return lines
+
+
+def rates(at_best: Ceilings | None, appended: dict[str, AppendFigure]) -> list[str]:
+    """A line on the ceilings of the run, and one by what was appended."""
+    lines = []
+    if at_best is not None:
+        lines.append(
+            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
+            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
+        )
+    for name, figure in appended.items():
+        came = f", from {figure.token_bytes:,} each," * (figure.token_bytes != figure.row_bytes)
+        lines.append(
+            f"{name}, {figure.backend}: {figure.tokens:,} rows of {figure.row_bytes:,} bytes{came} in "
+            f"{figure.ms:.4f} ms, {figure.TBps:.2f} TB/s read and written"
+        )
     return lines
