@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,20 @@ def test_options_are_checked_before_a_job_runs(spark: SparkSession, tmp_path: Pa
         with pytest.raises(ValueError, match=said):
             serving.generate_shards(rows, str(tmp_path / "out"), TINY, **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gpu_is_the_one_that_spark_gave_to_the_task(spark: SparkSession) -> None:
+    def task(batches: Iterator[Any]) -> Iterator[Any]:
+        from pyspark import TaskContext
+        from pyspark.resource import ResourceInformation
+
+        for _ in batches:
+            without = serving._gpu_of_task()
+            TaskContext.get()._resources = {"gpu": ResourceInformation("gpu", ["5", "6"])}  # as its worker reads them
+            yield pd.DataFrame({"without": [without], "with": [serving._gpu_of_task()]})
+
+    (row,) = spark.range(0, 1, 1, 1).mapInPandas(task, "without string, with string").collect()
+    assert (row[0], row[1]) == (None, "cuda:5")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -285,3 +300,23 @@ def test_a_job_that_is_killed_and_started_again_gives_each_row_once(tmp_path: Pa
     completions = Completer(TINY, device="cpu")(prompts, CompletionOptions(max_new_tokens=24))
     wanted = {f"row {at}": one.tokens for at, one in enumerate(completions)}
     assert {row["id"]: row["tokens"] for row in table} == wanted
+
+
+# --- docs/mlflow_spark.md ---------------------------------------------------------------------------------------------
+
+
+def test_snippets_of_the_documentation_run(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "mlflow_spark.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"spark": spark}
+    for number, code in enumerate(snippets):
+        code = code.replace('"deepseek-ai/DeepSeek-V2-Lite"', repr(TINY))  # there is no network
+        code = code.replace('"/data/completions"', repr(str(tmp_path / "completions")))
+        exec(compile(code, f"docs/mlflow_spark.md snippet {number}", "exec"), names)
+    assert len(snippets) == 4
+    assert [len(tokens) for tokens in names["rows"]["tokens"]] == [16, 16]
+    assert names["computed"] == 2
+    assert capsys.readouterr().out.count("The latent is") == 1
