@@ -214,6 +214,9 @@ def test_shards_on_a_filesystem_of_fsspec() -> None:
     assert shards.open({"model": "m"}) == set()
     shards.write("shard-0.parquet", pa.table({"id": [3]}))
     shards.write("shard-1.parquet", pa.table({"id": [4]}))
+    assert {path.rsplit("/", 1)[1] for path in shards.fs.ls(shards.root, detail=False)} == {
+        *("_settings.json", "shard-0.parquet", "shard-1.parquet")
+    }
     shards.fs.pipe_file(f"{shards.root}/.0123.tmp", b"half a fi")
     shards.fs.pipe_file(f"{shards.root}/notes.txt", b"mine")
     assert shards.open({"model": "m"}) == {"shard-0.parquet", "shard-1.parquet"}
