@@ -1,1 +1,1 @@
-"""Thin adapters that put a model with a paged cache behind something else; each is imported by its own name."""
+"""Thin adapters that put a model with a paged cache behind other people's systems; `import flash_mla` imports none."""
