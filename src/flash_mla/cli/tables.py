@@ -22,6 +22,7 @@ __all__ = [
     "layer_table",
     "losses",
     "new_table",
+    "prefix_table",
     "ran",
     "rates",
 ]
@@ -71,6 +72,30 @@ def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None
     table.caption = "ms/token: median of late steps, all rows at once; context ms: more than at the shortest prompt"
     if baseline is not None:
         table.caption += f"; / baseline: ms/token over {baseline}'s"
+    return table
+
+
+def prefix_table(rows: list[dict[str, Any]], device: str) -> Table:
+    """First tokens from `bench.prefix.measure`; a ratio below 1: the stored prefix is faster."""
+    first = rows[0]
+    table = new_table(
+        f"{first['model']}: {first['question']} tokens behind the prefix, {first['dtype']}, {device}",
+        ("prefix", "file MiB", "save ms", "cold ms", "spread", "warm ms", "spread", "load ms", "warm / cold", "equal"),
+        0,
+    )
+    for row in rows:
+        milliseconds = ("save_s", "cold_s", "cold_spread_s", "warm_s", "warm_spread_s", "load_s")
+        table.add_row(
+            f"{row['prefix']:,}",
+            f"{row['file_bytes'] / 2**20:.2f}",
+            *(f"{row[name] * 1e3:.1f}" for name in milliseconds),
+            f"{row['ratio']:.3f}",
+            f"{row['identical_tokens']} of {row['new_tokens']}",
+        )
+    table.caption = (
+        f"cold, warm: to the first token, median of {first['rounds']} rounds, spread max - min; "
+        "warm with load; equal: leading tokens"
+    )
     return table
 
 
