@@ -1,7 +1,7 @@
 """examples/aws: checked by the linters of each kind, and against the code that the files name.
 
 Faults it must catch: an image built from files that do not suffice, an alarm on a metric, unit or dimension that nobody
-writes, a container that serves on after a check of its set-up has failed.
+writes, a container that serves on after a check of its set-up has failed, a service whose command does not exist.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import Any
 import boto3
 import pytest
 import torch
+import typer
 import yaml
 from botocore.stub import Stubber
 
+from flash_mla.cli.app import app
 from flash_mla.serving import sagemaker
 from flash_mla.serving.emf import NAMESPACE, UNITS
 from flash_mla.serving.text_request import Limits
@@ -52,6 +54,25 @@ def test_script_passes_shellcheck_and_stops_at_errors(name: str) -> None:
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "set -euo pipefail"
     assert os.access(file, os.X_OK)
+
+
+def test_the_service_starts_a_command_with_options_that_exist() -> None:
+    script = (AWS / "user-data.sh").read_text()
+    (line,) = re.findall(r"^ExecStart=(.+)$", script, re.MULTILINE)
+    program, *words = shlex.split(line)
+    assert program == "$HOME_DIR/venv/bin/flash-mla"
+    command, *options = words
+    context = (
+        typer.main.get_command(app).commands[command].make_context(command, options)
+    )  # raises on what is not there
+    assert context.params["model"] == "$MODEL"
+    assert (context.params["host"], context.params["port"]) == ("127.0.0.1", 8000)
+    key = next(one for one in context.command.params if one.name == "api_key").envvar
+    assert f"'{key}=%s\\n'" in script
+    assert "EnvironmentFile=/etc/flash-mla.env" in script
+    for called in re.findall(r'^"\$HOME_DIR/venv/bin/flash-mla" (.+)$', script, re.MULTILINE):
+        name, *options = shlex.split(called.replace("$REQUIRE", "triton"))
+        typer.main.get_command(app).commands[name].make_context(name, options)
 
 
 def test_templates_pass_cfn_lint() -> None:

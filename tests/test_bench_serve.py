@@ -25,9 +25,10 @@ def test_a_third_of_the_clients_is_broken_and_everybody_else_is_answered(
     # Memory is no question of six seconds: the allocator has not settled.
     flags = ("--clients", 9, "--seconds", 6, "--new-tokens", 4, "--max-growth", 200, "--device", "cpu")
     file = tmp_path / "load.json"
-    result = CliRunner().invoke(app, ["bench", "serve", *map(str, flags), "--out", str(file)])
+    result = CliRunner().invoke(app, ["bench", "serve", *map(str, flags), "--json", "--out", str(file)])
     assert result.exit_code == 0, result.output + str(result.exception)
     report = json.loads(file.read_text())
+    assert json.loads(result.stdout) == report
     assert all(report["checks"].values())
     assert len(report["checks"]) == 7
     assert report["answered"] >= 3

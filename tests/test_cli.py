@@ -245,6 +245,7 @@ def test_env_exits_with_7_where_no_backend_takes_a_device(cubins: Path, monkeypa
 # --- JSON and progress bars -------------------------------------------------------------------------------------------
 
 SMALL = ("bench", "generate", "--model", "tiny", "--prompt", "20", "--new-tokens", "3", "--device", "cpu")
+PREFIX = ("bench", "prefix", "--prefix", "70", "--rounds", "1", "--new-tokens", "2", "--device", "cpu")
 LAYER = ("bench", "generate", "--model", "v3-layer", "--num-heads", "2", "--hidden-size", "32", "--prompt", "33")
 
 
@@ -257,6 +258,7 @@ LAYER = ("bench", "generate", "--model", "v3-layer", "--num-heads", "2", "--hidd
         (("verify", "tiny-layer", "--prompt-tokens", "70", "--device", "cpu"), {"rows", "kv_lora_rank"}),
         (SMALL, {"rows", "command", "versions"}),
         ((*LAYER, "--device", "cpu"), {"rows", "command", "versions"}),
+        (PREFIX, {"rows", "command", "versions"}),
         (
             ("cost", str(ROOT / "benchmarks" / "results" / "h200_v2_b32_dynamic.json"), "--price-per-hour", "4"),
             {"rows", "price_per_hour"},
@@ -311,10 +313,11 @@ class Terminal:
     [
         ((*SMALL, "--baseline", "sdpa", "--rounds", "2"), "runs"),
         ((*LAYER, "--baseline", "sdpa", "--device", "cpu"), "runs"),
+        (PREFIX, "lengths"),
         (("verify", "tiny", "--prompt-tokens", "20", "--new-tokens", "3", "--device", "cpu"), "reference"),
         (("verify", "tiny-layer", "--prompt-tokens", "70", "--device", "cpu"), "outlier columns"),
     ],
-    ids=["generate", "layer", "verify", "verify-layer"],
+    ids=["generate", "layer", "prefix", "verify", "verify-layer"],
 )
 @pytest.mark.usefixtures("definition_only")
 def test_a_bar_is_drawn_for_a_person_and_not_beside_json(

@@ -2,7 +2,7 @@
 
 The Python of a page runs in order, in one namespace, from the repository's root. A ```text block behind a snippet is
 what it prints. A block that begins with "# not run in CI: <reason>" is only parsed. A ```message block quotes an error
-or a warning, "..." for what varies.
+or a warning, "..." for what varies. Pages whose Python needs a server or a cluster are run by the tests that have one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SOURCE = ROOT / "src" / "flash_mla"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 NOT_RUN = "# not run in CI: "
 LANGUAGES = {"python", "sh", "text", "message"}
+# Whose Python runs in a test with a server, or with Spark: all of it, since that test takes every snippet of the page.
+ELSEWHERE = {"mlflow_spark.md": "test_spark.py", "serving.md": "test_serve.py"}
 
 
 class Block(NamedTuple):
@@ -108,11 +110,23 @@ def run_python(name: str, page: str, capsys: pytest.CaptureFixture[str]) -> int:
 
 
 @pytest.mark.usefixtures("definition_only")
-@pytest.mark.parametrize("name", with_blocks("python"))
+@pytest.mark.parametrize("name", [name for name in with_blocks("python") if name not in ELSEWHERE])
 def test_python_runs_and_prints(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
     assert run_python(name, PAGES[name], capsys) >= 1
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_python_that_runs_elsewhere(name: str) -> None:
+    """Nothing of such a page is left out there, and nothing shown as printed that nobody compares."""
+    other = (ROOT / "tests" / ELSEWHERE[name]).read_text(encoding="utf-8")
+    assert f'"docs" / "{name}"' in other
+    assert 'r"^```python\\n(.*?)^```"' in other
+    for block in blocks(PAGES[name]):
+        assert block.language != "text", f"{name}:{block.line}"
+        if block.language == "python":
+            assert not block.text.startswith(NOT_RUN), f"{name}:{block.line}"
 
 
 def run_shell(block: Block) -> None:

@@ -115,6 +115,20 @@ def test_pages_used_are_those_that_held_tokens(service: Service, capsys: pytest.
     assert only_line(capsys)["KVPagesUsed"] == sum(-(-tokens // 64) for tokens in stored) > 2
 
 
+def test_pages_used_are_not_those_of_the_pool(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """A growing pool on a CPU is as large as its use; one of fixed capacity has room in every row for the longest."""
+    config = service._entry_point.__self__._service._model.model.generation_config
+    config.cache_implementation = "static"
+    try:
+        status, answer = post(service, {"inputs": PROMPTS, "parameters": {"max_new_tokens": 55}})
+    finally:
+        config.cache_implementation = None
+    assert status == 200
+    short, long = (output["prompt_tokens"] + 55 for output in answer["outputs"])
+    assert short <= 64 < long - 1  # the pool has two pages for each
+    assert only_line(capsys)["KVPagesUsed"] == 1 + 2
+
+
 def test_an_end_token_ends_a_row(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
     served = service._entry_point.__self__._service._model
     (plain,) = post(service, {"inputs": PROMPTS[0], "parameters": {"max_new_tokens": 9}})[1]["outputs"]

@@ -235,7 +235,7 @@ def assert_right(problem: Problem, out: torch.Tensor, lse: torch.Tensor, largest
         assert bool((error <= allowed[~empty]).all()), f"off by {error.max().item():.1e}"
     allowed_distance = 2 * (plain(problem, problem.q.dtype)[0].double() - right_out).norm().item()
     if problem.q.dtype == torch.float32:
-        # The order of a sum is the matrix library's, and another one for a batch of one: on a GPU up to five times apart.
+        # The order of a sum is the matrix library's, and another for a batch of one: on a GPU up to five times apart.
         largest_score = right_largest[~empty].abs().max().item() if not bool(empty.all()) else 0.0
         allowed_distance += 2**-24 * problem.q.shape[3] ** 0.5 * largest_score * right_out.norm().item()
     distance = (out.double() - right_out).norm().item()

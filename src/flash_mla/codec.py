@@ -75,7 +75,8 @@ def encode_rows(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     layout = row_layout(latent.shape[-1], k_rope.shape[-1])
     groups = latent.float().unflatten(-1, (-1, COLUMNS_PER_SCALE))
     largest = groups.abs().amax(-1, keepdim=True)
-    # A tensor: by a number torch multiplies with its rounded reciprocal on CUDA, and a third of the scales is off by a bit.
+    # A tensor: by a number torch multiplies with its rounded reciprocal on CUDA, and a third of the scales are off by a
+    # bit.
     quotient = largest / torch.full_like(largest, LARGEST)
     scales = torch.where(largest.isfinite(), quotient.clamp(min=SMALLEST_SCALE), float("nan"))
     rows = torch.zeros((*latent.shape[:-1], layout.row_bytes), dtype=torch.uint8, device=latent.device)

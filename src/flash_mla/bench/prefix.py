@@ -186,6 +186,7 @@ def measure(
     rounds: int = 5,
     seed: int = 0,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[PrefixResult], dict[str, str]]:
     """Prefix length by prefix length, on one model and one store.
 
@@ -196,10 +197,12 @@ def measure(
         prefixes: tokens to store, one row of the report each.
         question: tokens behind the prefix, at least 1.
         report: takes a line as each length is done.
+        progress: takes the lengths that are over and all of them, before the first and after each; never during one.
     Returns: a row per length, in their order; and by name why a length has none: memory did not suffice.
     """
     rows, failed = [], dict[str, str]()
-    for prefix in prefixes:
+    for number, prefix in enumerate(prefixes):
+        progress(number, len(prefixes))
         try:
             row = _time_prefix(name, model, store, prefix, question, new_tokens, rounds, seed)
         except torch.OutOfMemoryError as error:
@@ -207,4 +210,5 @@ def measure(
             continue
         rows.append(row)
         report(f"prefix {prefix}: {row.cold_s * 1e3:.1f} ms cold, {row.warm_s * 1e3:.1f} ms warm")
+    progress(len(prefixes), len(prefixes))
     return rows, failed

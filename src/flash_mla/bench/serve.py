@@ -115,12 +115,12 @@ def checks(found: Found, max_growth_MiB: float) -> dict[str, bool]:
     }
 
 
-def measure(setting: Setting, progress: Callable[[float, Found], None] = lambda seconds, found: None) -> Found:
+def measure(setting: Setting, progress: Callable[[float], None] = lambda seconds: None) -> Found:
     """Start a server, run the crowd, stop the server.
 
     Args:
         setting: who and how long.
-        progress: called about once a second with the seconds that passed and what was seen so far.
+        progress: called about once a second with the seconds that passed.
     Raises: RuntimeError: the server did not start.
     """
     key = secrets.token_urlsafe(32)
@@ -180,7 +180,7 @@ class _Crowd:
             self.no_http,
         ]
 
-    async def run(self, progress: Callable[[float, Found], None]) -> Found:
+    async def run(self, progress: Callable[[float], None]) -> Found:
         """Learn the answers, let everybody loose, wait until nobody is left."""
         for prompt in PROMPTS:
             self.answers[prompt] = await self.ask(prompt, streamed=False)
@@ -206,13 +206,13 @@ class _Crowd:
         """Whether the run is not over."""
         return time.monotonic() < self.deadline
 
-    async def watch(self, begin: float, progress: Callable[[float, Found], None]) -> None:
+    async def watch(self, begin: float, progress: Callable[[float], None]) -> None:
         """Note the server's memory about once a second."""
         while self.going():
             size = (await self.metrics()).get("process_resident_memory_bytes", 0.0)
             passed = time.monotonic() - begin
             self.found.memory.append((round(passed, 1), round(size * MIB, 2)))
-            progress(passed, self.found)
+            progress(passed)
             await asyncio.sleep(min(1.0, self.setting.seconds / 20))
 
     # --- who asks and waits -------------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ import itertools
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
+from .bench_prefix import prefix
 from .bench_serve import serve
-from .options import Json, Output, device_of, dtype_of, stop
+from .options import Json, Output, device_of, dtype_of, lengths_of, stop
 from .progress import bars
+from .results import Out, deliver
 
 if TYPE_CHECKING:
     from ..bench.decode_shapes import DecodeShape
@@ -22,16 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
+bench.command()(prefix)
 bench.command()(serve)
-
-RESULTS = Path("benchmarks/results")
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help=f"JSON file, or folder for a file named by what and when. Default: {RESULTS}; with --json: none.",
-        show_default=False,
-    ),
-]
 
 
 class Attention(str, Enum):
@@ -175,7 +169,7 @@ def kernel(
         "not_measured": failed,
     }
     listed = f"kernel{'-fp8' * fp8}{'' if topk is None else f'-top{topk}'}"
-    _deliver(report, listed if batch is None else f"kernel-{shapes[0].name}", out, as_json)
+    deliver(report, listed if batch is None else f"kernel-{shapes[0].name}", out, as_json)
     if plot is not None and rows:
         typer.echo(f"wrote {draw_roofline(report, plot)}", err=as_json)
     if failed:
@@ -253,7 +247,7 @@ def generate(
     from ..bench.shapes import build_model
     from .tables import device_time_table, generate_table, ran
 
-    where, kind, prompts = device_of(device), dtype_of(dtype, device), _lengths(prompt)
+    where, kind, prompts = device_of(device), dtype_of(dtype, device), lengths_of(prompt, "--prompt")
     names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
     if profile and where.type != "cuda":
         raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
@@ -318,84 +312,11 @@ def generate(
         "not_measured": failed,
     }
     stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
-    _deliver(report, stem, out, as_json)
+    deliver(report, stem, out, as_json)
     if plot is not None and rows:
         for path in draw_generate(report, plot):
             typer.echo(f"wrote {path}", err=as_json)
     if failed:
-        raise typer.Exit(1)
-
-
-@bench.command()
-def prefix(
-    model: Annotated[
-        str, typer.Option(help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, tiny.")
-    ] = "tiny",
-    prefix: Annotated[str, typer.Option(help="Tokens that are stored, with commas between.")] = "1024,4096",
-    question: Annotated[int, typer.Option(min=1, help="Tokens of the prompt behind the prefix.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each way; the figure is their median.")] = 5,
-    store: Annotated[
-        str | None, typer.Option(help="Folder or URI of fsspec to store in; left as it was. Default: a temporary one.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the times, as this PNG.")] = None,
-    out: Out = RESULTS,
-) -> None:
-    """Time to the first token of a prompt, computed whole and with its beginning loaded from a PrefixStore."""
-    import tempfile
-
-    from ..bench.plots import draw_prefix, require_matplotlib
-    from ..bench.prefix import measure
-    from ..bench.report import machine, write_report
-    from ..bench.shapes import build_model
-    from ..cache import PrefixStore
-    from .tables import prefix_table
-
-    where, kind, lengths = device_of(device), dtype_of(dtype, device), _lengths(prefix, "--prefix")
-    if plot is not None and plot.suffix != ".png":
-        raise typer.BadParameter(f"must end in .png, got {plot}", param_hint="--plot")
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            if plot is not None:
-                require_matplotlib("flash-mla bench prefix")  # before minutes are spent
-            loaded = build_model(model, dtype=kind, device=where, attn_implementation="flash_mla")
-            prefixes = PrefixStore(store or temporary, loaded)
-        except (ImportError, OSError, ValueError) as error:
-            stop(f"{type(error).__name__}: {error}")
-        head = machine(where)
-        results, failed = measure(
-            model,
-            loaded,
-            prefixes,
-            lengths,
-            question=question,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    rows = [result.to_json() for result in results]
-    if rows:
-        console.print(prefix_table(rows, head["device"]))
-    for name, error_text in failed.items():
-        typer.echo(f"not measured: {name}: {error_text}", err=True)
-    report = {
-        **head,
-        "what": "first token with and without a stored prefix; method: flash_mla.bench.prefix",
-        "store": store,
-        "rows": rows,
-        "not_measured": failed,
-    }
-    stem = f"prefix-{Path(model).name}-p{'-'.join(map(str, lengths))}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
-    if plot is not None and rows:
-        typer.echo(f"wrote {draw_prefix(report, plot)}")
-    # In lower precision the batch of tokens rounds, and a tie may fall elsewhere.
-    differ = [row["prefix"] for row in rows if row["identical_tokens"] < new_tokens] if kind == torch.float32 else []
-    for length in differ:
-        typer.echo(f"FAILED: prefix {length}: in float32 warm tokens must be those of the cold prompt", err=True)
-    if failed or differ:
         raise typer.Exit(1)
 
 
@@ -450,26 +371,6 @@ def _layers(
         "rows": [row.to_json() for row in layers],
         "not_measured": failed,
     }
-    _deliver(report, f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}", out, as_json)
+    deliver(report, f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}", out, as_json)
     if failed:
         raise typer.Exit(1)
-
-
-def _deliver(report: dict[str, Any], stem: str, out: Path | None, as_json: bool) -> None:
-    """Put a report into a file; with --json on standard output, and into a file only if one is named."""
-    from ..bench.report import to_json, write_report
-
-    if as_json:
-        typer.echo(to_json(report))
-    if out is not None or not as_json:
-        typer.echo(f"wrote {write_report(out or RESULTS, stem, report)}", err=as_json)
-
-
-def _lengths(text: str, option: str = "--prompt") -> list[int]:
-    """Lengths in tokens of an option, in their order."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise typer.BadParameter(
-            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint=option
-        )
-    return [int(part) for part in parts]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from .options import device_of, stop
-
-if TYPE_CHECKING:
-    from ..bench.serve import Found
+from .options import Json, Output, device_of, stop
+from .progress import bars
+from .results import Out, deliver
 
 __all__ = ["serve"]
 
@@ -25,29 +22,22 @@ def serve(
     max_growth: Annotated[float, typer.Option(min=0, help="MiB by which the server's memory may grow.")] = 16.0,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of who does what and when.")] = 0,
-    out: Annotated[
-        Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")
-    ] = Path("benchmarks/results"),
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Load a server of its own with many clients, a third of them broken, and check answers, pages and memory."""
     try:
         from ..bench.serve import Setting, checks, measure
     except ImportError as error:
         stop(f"ImportError: {error}")
-    from ..bench.report import cpu, machine, write_report
+    from ..bench.report import cpu, machine
 
     where = device_of(device)
     setting = Setting(model, clients, seconds, new_tokens, seed=seed, server_options=("--device", device or "auto"))
     head = {**machine(where), **cpu()}
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("load", total=seconds)
-
-        def step(passed: float, found: Found) -> None:
-            said = f"{found.good} answered, {sum(found.broken.values())} broken"
-            bar.update(task, completed=passed, description=said)
-
+    with bars(as_json) as step:
         try:
-            found = measure(setting, step)
+            found = measure(setting, lambda passed: step("seconds", int(passed), int(seconds)))
         except RuntimeError as error:
             stop(str(error))
     held = checks(found, max_growth)
@@ -69,21 +59,25 @@ def serve(
         "server": {name: value for name, value in found.metrics.items() if _is_worth_keeping(name)},
         "checks": held,
     }
-    typer.echo(
+    output = Output(as_json)
+    output.say(
         f"{found.good} good answers in {seconds:g} s, latency "
         + ", ".join(f"{name} {value:.0f} ms" for name, value in found.latency_ms().items())
     )
-    typer.echo("broken: " + ", ".join(f"{name} {count}" for name, count in sorted(found.broken.items())))
+    output.say("broken: " + ", ".join(f"{name} {count}" for name, count in sorted(found.broken.items())))
     if found.memory:
-        typer.echo(
+        output.say(
             f"server's memory: {found.memory[0][1]:.0f} MiB at first, {found.memory[-1][1]:.0f} at last, "
             f"{found.growth_MiB():+.1f} from the second quarter to the last"
         )
     for line in (*found.wrong[:20], *found.unexpected[:20]):
         typer.echo(line, err=True)
     for name, holds in held.items():
-        typer.echo(f"{'ok' if holds else 'FAILED'}: {name}", err=not holds)
-    typer.echo(f"wrote {write_report(out, f'serve-load-{Path(model).name}-c{clients}', report)}")
+        if holds:
+            output.say(f"ok: {name}")
+        else:
+            typer.echo(f"FAILED: {name}", err=True)
+    deliver(report, f"serve-load-{Path(model).name}-c{clients}", out, as_json)
     if not all(held.values()):
         raise typer.Exit(1)
 
