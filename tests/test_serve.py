@@ -25,6 +25,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from emf_rules import assert_is_emf
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 from tiny_models import build, greedy, need, prompt
@@ -54,8 +55,9 @@ NO_END = {"2": -100}
 class Running:
     """A server process, or one in a thread, and ways to talk to it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, emf: Path | None = None) -> None:
         self.url = url
+        self.emf = emf
         self.port = int(url.rpartition(":")[2])
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
 
@@ -120,11 +122,14 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    emf = tmp_path_factory.mktemp("serve") / "emf"
+    emf.touch()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FLASH_MLA_API_KEY": KEY}
     environment.pop("TRITON_INTERPRET", None)  # the tests' own; a user does not set it
     limits = ("--ctx", CTX, "--max-new-tokens", MAX_NEW, "--max-body", MAX_BODY, "--max-waiting", 3)
-    command = ("serve", MODEL, "--port", 0, "--device", "cpu", "--dtype", "float32", *limits)
+    lines = ("--emf", emf, "--emf-service", "loopback")
+    command = ("serve", MODEL, "--port", 0, "--device", "cpu", "--dtype", "float32", *limits, *lines)
     code = "from flash_mla.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
@@ -133,7 +138,7 @@ def server() -> Iterator[Running]:
     line = process.stdout.readline()
     found = re.fullmatch(rf"ready: {MODEL} on (http://127\.0\.0\.1:\d+)\n", line)
     assert found, line
-    yield Running(found.group(1))
+    yield Running(found.group(1), emf)
     process.terminate()
     assert process.wait(PATIENCE) in (0, -15)
 
@@ -219,6 +224,46 @@ def test_the_snippet_of_the_page_runs(server: Running, capsys: pytest.CaptureFix
     exec(compile(code, "docs/serving.md", "exec"), {})
     text = server.chat().choices[0].message.content
     assert capsys.readouterr().out == f"{text}\n{text}"
+
+
+def test_each_request_for_an_answer_is_a_cloudwatch_line(server: Running) -> None:
+    server.idle()
+    assert server.emf is not None
+    before = len(server.emf.read_text().splitlines())
+    begin = time.perf_counter()
+    answer = server.chat(max_tokens=80)
+    milliseconds = (time.perf_counter() - begin) * 1e3
+    list(server.chat(max_tokens=1, stream=True))
+    assert server.request("/v1/chat/completions", b"{}")[0] == 400
+    assert server.request("/v1/chat/completions", b"{}", key="wrong")[0] == 401
+    server.request("/v1/models")  # no answer of the model
+    deadline = time.monotonic() + PATIENCE  # a line comes after the answer has gone out
+    while len(lines := server.emf.read_text().splitlines()[before:]) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    documents = [json.loads(line) for line in lines]
+    for document in documents:
+        assert_is_emf(document)
+        assert (document["Service"], document["Requests"]) == ("loopback", 1)
+        assert document["KVPagesTotal"] == CTX / 64
+    assert [(document["Status"], document["Errors"]) for document in documents] == [
+        (200, 0),
+        (200, 0),
+        (400, 1),
+        (401, 1),
+    ]
+    whole, one, *refused = documents
+    prompt_tokens = answer.usage.prompt_tokens
+    assert (whole["PromptTokens"], whole["GeneratedTokens"]) == (prompt_tokens, 80)
+    assert whole["KVPagesUsed"] == -(-(prompt_tokens + 79) // 64) == 2  # the last token is not fed back
+    assert milliseconds / 4 < whole["TimeToFirstToken"] + 79 * whole["TimePerToken"] < milliseconds
+    assert (one["PromptTokens"], one["GeneratedTokens"], one["KVPagesUsed"]) == (prompt_tokens, 1, 1)
+    assert "TimePerToken" not in one
+    assert not any({"PromptTokens", "GeneratedTokens", "KVPagesUsed"} & set(document) for document in refused)
+
+
+def test_a_file_of_lines_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Server(Settings(MODEL, port=0, emf=str(tmp_path / "mistyped")))
 
 
 # --- who leaves -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,13 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cuda:0, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto: that of the weights.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    emf: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Add a CloudWatch metric line (EMF) per request to this file."),
+    ] = None,
+    emf_service: Annotated[
+        str, typer.Option(envvar="FLASH_MLA_EMF_SERVICE", help="`Service` of these lines.")
+    ] = "flash-mla",
     continuous_batching: Annotated[
         bool, typer.Option("--continuous-batching", help="Refused, with the reason.")
     ] = False,
@@ -79,12 +87,13 @@ def serve(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        emf=None if emf is None else str(emf),
+        emf_service=emf_service,
     )
     if api_key is None and not _is_loopback(host):
         typer.echo(f"flash-mla serve: {host} is open to the network without --api-key", err=True)
-    server = Server(settings, on_ready=lambda url: typer.echo(f"ready: {model} on {url}"))
     try:
-        server.run()
+        Server(settings, on_ready=lambda url: typer.echo(f"ready: {model} on {url}")).run()
     except (ImportError, OSError, ValueError) as error:
         stop(f"{type(error).__name__}: {error}")
 

@@ -27,7 +27,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 # Who asks these has no key: a load balancer.
 OPEN_PATHS = frozenset({"/ping", "/health"})
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}) | OPEN_PATHS
+ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
+PATHS = ANSWERS | frozenset({"/v1/models", "/metrics"}) | OPEN_PATHS
 # Seconds from the headers to the end of the body.
 BODY_SECONDS = 30.0
 # Seconds for a stream that is out of time to say so.
@@ -53,6 +54,9 @@ class Ticket:
         seed: of sampling, or None.
         arrived: `time.perf_counter()` of the headers.
         turn_taken: whether it got as far as the model's queue.
+        begun, first_token, last_token: `perf_counter()` of its turn and of its tokens so far; None: none yet.
+        prompt_tokens, generated_tokens: so far; prompt_tokens is None until its turn.
+        pages_used: pages that held its tokens when they were looked at last.
         failed: whether generation failed, perhaps after the answer had begun: its status need not say so.
     """
 
@@ -62,6 +66,12 @@ class Ticket:
     seed: int | None = None
     arrived: float = field(default_factory=time.perf_counter)
     turn_taken: bool = False
+    begun: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int | None = None
+    generated_tokens: int = 0
+    pages_used: int | None = None
     failed: bool = False
 
     def end(self, why: str) -> None:
@@ -88,14 +98,25 @@ class Gate:
         api_key: what `Authorization: Bearer` must say, on every path but `/ping` and `/health`; None: nothing.
         max_body: bytes of a request's body.
         timeout: seconds from the end of the body to the end of the answer.
+        on_answer: called after each request for an answer with its ticket, its HTTP status, and whether it is an error.
     """
 
-    def __init__(self, app: App, metrics: Metrics, *, api_key: str | None, max_body: int, timeout: float) -> None:
+    def __init__(
+        self,
+        app: App,
+        metrics: Metrics,
+        *,
+        api_key: str | None,
+        max_body: int,
+        timeout: float,
+        on_answer: Callable[[Ticket, int, bool], None] | None = None,
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.api_key = None if api_key is None else api_key.encode()
         self.max_body = max_body
         self.timeout = timeout
+        self.on_answer = on_answer
         self._open: set[Ticket] = set()
 
     def end_all(self) -> None:
@@ -219,14 +240,19 @@ class Gate:
 
     def _count(self, path: str, status: int | None, ticket: Ticket) -> None:
         # 499, as nginx has it: the client left before an answer began. Paths that do not exist share a label.
-        label = str(status or 499)
-        self.metrics.requests.labels(path if path in PATHS else "other", label).inc()
+        shown = status or 499
+        self.metrics.requests.labels(path if path in PATHS else "other", str(shown)).inc()
+        kind = None
         if ticket.ended in ("left", "timed_out"):
-            self.metrics.errors.labels(ticket.ended).inc()
+            kind = ticket.ended
         elif status is None or status >= 500 or ticket.failed or ticket.ended == "stopped":
-            self.metrics.errors.labels("failed").inc()
+            kind = "failed"
         elif status >= 400:
-            self.metrics.errors.labels("refused").inc()
+            kind = "refused"
+        if kind is not None:
+            self.metrics.errors.labels(kind).inc()
+        if self.on_answer is not None and path in ANSWERS:
+            self.on_answer(ticket, shown, kind is not None)
 
 
 async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from ..hf.register import NAME, register
 from .body import ChatBody, CompletionBody
-from .gate import Gate, current_ticket, error_body
+from .emf import EmfWriter, RequestNumbers
+from .gate import Gate, Ticket, current_ticket, error_body
 from .metrics import Metrics
 from .turn import EndedError, FailedError, Turns
 
@@ -78,6 +79,8 @@ class Settings:
         timeout: seconds for an answer, waiting included.
         device, dtype: as `transformers serve` has them.
         trust_remote_code: run the checkpoint's own code.
+        emf: a file that is there, to which each request for an answer adds a CloudWatch metric line; None: none.
+        emf_service: the `Service` of these lines.
     """
 
     model: str
@@ -94,6 +97,8 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    emf: str | None = None
+    emf_service: str = "flash-mla"
 
 
 class _Models(ModelManager):
@@ -148,6 +153,8 @@ class Server:
         settings: what to serve, where, within which limits.
         on_ready: called once with the server's address, from the thread that loaded and warmed the model.
 
+    Raises: OSError, ValueError: of `EmfWriter`.
+
     The port is open while the model loads: `/ping` answers 503 then, and 200 as soon as a request would be answered.
     """
 
@@ -156,6 +163,9 @@ class Server:
         self.on_ready = on_ready
         self.metrics = Metrics()
         self.turns = Turns(self.metrics, max_new_tokens=settings.max_new_tokens, max_waiting=settings.max_waiting)
+        self._emf = None
+        if settings.emf is not None:
+            self._emf = EmfWriter({"Service": settings.emf_service}, path=settings.emf)
         self.is_warm = False
         self.failure: BaseException | None = None
         self._models: _Models | None = None
@@ -166,6 +176,7 @@ class Server:
             api_key=settings.api_key,
             max_body=settings.max_body,
             timeout=settings.timeout,
+            on_answer=None if settings.emf is None else self._write_line,
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
@@ -247,6 +258,28 @@ class Server:
         queue = _OneQueue(self.turns)
         self._handlers = {"chat": ChatCompletionHandler(models, queue), "text": CompletionHandler(models, queue)}
         self.is_warm = True
+
+    def _write_line(self, ticket: Ticket, status: int, is_error: bool) -> None:
+        """The metric line of a request. Its answer has gone out: a disk that is full is no error of the client's."""
+        assert self._emf is not None
+        first, last, steps = ticket.first_token, ticket.last_token, ticket.generated_tokens - 1
+        numbers = RequestNumbers(
+            prompt_tokens=ticket.prompt_tokens,
+            generated_tokens=ticket.generated_tokens if ticket.begun is not None else None,
+            time_per_token_ms=round((last - first) / steps * 1e3, 3)
+            if first is not None and last is not None and steps > 0
+            else None,
+            time_to_first_token_ms=round((first - ticket.begun) * 1e3, 3)
+            if first is not None and ticket.begun is not None
+            else None,
+            kv_pages_used=ticket.pages_used,
+            kv_pages_total=self.turns.pages_total,
+            is_error=is_error,
+        )
+        try:
+            self._emf.write(numbers, Status=status)
+        except OSError:
+            logger.exception("flash-mla serve: a metric line could not be written")
 
     # --- answering ----------------------------------------------------------------------------------------------------
 

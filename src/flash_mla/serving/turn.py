@@ -51,6 +51,7 @@ class Turns(GenerateManager):
         self.max_new_tokens = max_new_tokens
         self.max_waiting = max_waiting
         self.cache: PagedLatentCache | None = None
+        self.pages_total: int | None = None
         # Set once the cache could not be emptied: a device that is gone. Nothing can be served after that.
         self.broken: str | None = None
         # Written by the inference thread only.
@@ -86,13 +87,16 @@ class Turns(GenerateManager):
             min_new_tokens=WARM_TOKENS,
         ).result()
         cache.reset()
-        self.metrics.pages_total.set(cache.memory_report().pages_total)
+        self.pages_total = cache.memory_report().pages_total
+        self.metrics.pages_total.set(self.pages_total)
         self.show_pages()
 
-    def show_pages(self) -> None:
+    def show_pages(self) -> int:
         """Write the pages in use, as the cache counts them, into the gauge. Waits for the device."""
         assert self.cache is not None
-        self.metrics.pages_used.set(self.cache.memory_report().pages_allocated)
+        used = self.cache.memory_report().pages_allocated
+        self.metrics.pages_used.set(used)
+        return used
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **more: Any
@@ -152,7 +156,6 @@ class _Turn:
         self.model = model
         self.ticket = ticket
         self.length = prompt_tokens
-        self.stamp: float | None = None
 
     def generate(self, **kwargs: Any) -> Any:
         """`model.generate` on the server's cache, which is empty before and after. Runs on the inference thread."""
@@ -163,6 +166,7 @@ class _Turn:
                 raise EndedError(self.ticket.ended)
             turns.is_running = True
             metrics.prompt_tokens.inc(self.length)
+            self.ticket.prompt_tokens, self.ticket.begun = self.length, time.perf_counter()
             if self.ticket.seed is not None:
                 torch.manual_seed(self.ticket.seed)
             return self.model.generate(
@@ -195,17 +199,19 @@ class _Turn:
         """A stopping criterion that stops for nothing but a ticket that ended; counts on the way."""
         if self.ticket.ended is not None:
             raise EndedError(self.ticket.ended)
-        metrics, now = self.turns.metrics, time.perf_counter()
+        metrics, ticket, now = self.turns.metrics, self.ticket, time.perf_counter()
         metrics.generated_tokens.inc()
-        if self.stamp is None:
-            metrics.time_to_first_token.observe(now - self.ticket.arrived)
-            self.turns.show_pages()
+        if ticket.last_token is None:
+            ticket.first_token = now
+            metrics.time_to_first_token.observe(now - ticket.arrived)
+            ticket.pages_used = self.turns.show_pages()
         else:
-            metrics.time_per_token.observe(now - self.stamp)
+            metrics.time_per_token.observe(now - ticket.last_token)
             # The token before this one is what the cache just took: look when it was the first of a page.
             assert self.turns.cache is not None
             if self.length % self.turns.cache.block_size == 1:
-                self.turns.show_pages()
-        self.stamp = now
+                ticket.pages_used = self.turns.show_pages()
+        ticket.last_token = now
+        ticket.generated_tokens += 1
         self.length += 1
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
