@@ -787,6 +787,18 @@ def test_every_anchor_is_in_the_table_with_its_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("timed")
+def test_json_is_alone_on_standard_output_and_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("--batch", "16", "--backend", "torch", "--plot", "roofline.png", "--json")
+    result = CliRunner().invoke(app, ["bench", "kernel", *flags])
+    report = json.loads(result.stdout)
+    assert [row["batch"] for row in report["rows"]] == [16]
+    assert report["command"].startswith("flash-mla")
+    assert "wrote roofline.png" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["roofline.png"]
+
+
+@pytest.mark.usefixtures("timed")
 def test_backends_stand_beside_each_other_scaled_by_the_ceilings(tmp_path: Path) -> None:
     out = tmp_path / "two.json"
     flags = ("--batch", 16, "--seqlen-k", 4096, "--num-heads", 16, "--backend", "triton,torch")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +19,9 @@ from flash_mla.backends import torch as definition
 from flash_mla.backends.cuda import driver
 from flash_mla.bench import generate as bench_generate
 from flash_mla.bench import layer as bench_layer
+from flash_mla.bench import shapes as bench_shapes
 from flash_mla.cli.app import app
-from flash_mla.cli.env import others_named_flash_mla
+from flash_mla.cli.env import others_named_flash_mla, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-deepseek-v3"
@@ -97,10 +100,11 @@ def compiled(text: str) -> list[str]:
 
 
 def test_env_without_compiled_kernels(cubins: Path) -> None:
-    report = json.loads(run("env", "--json"))["compiled_kernels"]
+    code = 5 if any(torch.cuda.get_device_capability(n) == (9, 0) for n in range(torch.cuda.device_count())) else 0
+    report = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)["compiled_kernels"]
     assert (report["cubins"], report["stale"]) == ({}, [])
     assert report["unavailable"].startswith("kernel not built: ")
-    none, reason = compiled(run("env"))
+    none, reason = compiled(run("env", code=code))
     assert none.split() == ["compiled", "kernels", "none"]
     assert reason.startswith("  cannot run")
     assert "kernel not built" in reason
@@ -127,7 +131,7 @@ def test_env_names_compiled_kernels_and_what_keeps_them_from_running(
     assert lines[1].endswith("no NVIDIA driver (libcuda.so.1 not found)")
     assert len(lines) == 2
     (kernels / "one.cu").write_text('extern "C" __global__ void one(float* p) { *p = 2; }\n')
-    lines = compiled(run("env"))
+    lines = compiled(run("env", code=5))
     assert "OUT OF DATE" in lines[1]
     assert "one.cubin is older than its source: python -m flash_mla._build" in lines[1]
 
@@ -143,7 +147,7 @@ def test_env_says_when_the_name_is_not_registered() -> None:
 
     flash_mla.unregister()
     try:
-        assert "NOT registered" in run("env")
+        assert "NOT registered" in run("env", code=4)
     finally:
         flash_mla.register()
 
@@ -168,6 +172,190 @@ def test_env_finds_what_else_is_called_flash_mla(tmp_path: Path) -> None:
     assert f"another package flash_mla: {site / 'flash_mla'}" in found
     assert any("flash_mla.abi3.so" in line for line in found)
     assert any("distribution flash_mla 1.0.0+9241ae3" in line for line in found)
+
+
+def exit_code(*arguments: str) -> tuple[int, list[str]]:
+    """Of `flash-mla env`: the exit code, and what it says is wrong on standard error; --json says the same."""
+    result = CliRunner().invoke(app, ["env", *arguments])
+    machine = CliRunner().invoke(app, ["env", "--json", *arguments])
+    report = json.loads(machine.stdout)
+    assert result.exit_code == machine.exit_code == report["exit_code"], result.output
+    wrong = [line for line in result.stderr.splitlines() if line.startswith("WRONG")]
+    assert wrong == [f"WRONG ({problem['exit_code']}): {problem['what']}" for problem in report["problems"]]
+    return result.exit_code, wrong
+
+
+def devices_of(backend: str) -> list[str]:
+    return [device["device"] for device in json.loads(run("env", "--json"))["devices"] if backend in device["accepts"]]
+
+
+def test_env_exits_with_0_where_nothing_is_wrong_and_no_gpu_is_nothing_wrong() -> None:
+    assert exit_code() == (0, [])
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
+def test_env_insists_on_a_backend(backend: str) -> None:
+    code, wrong = exit_code("--require", backend)
+    assert backend != "torch" or devices_of(backend)
+    if devices_of(backend):
+        assert (code, wrong) == (0, [])
+    else:
+        assert code == 6
+        (line,) = wrong
+        assert line.startswith(f"WRONG (6): backend {backend} does not run here: ")
+        assert "cpu: " in line
+
+
+def test_env_says_that_the_driver_is_there_and_torch_sees_no_gpu() -> None:
+    report = json.loads(run("env", "--json"))
+    alone = {**report, "driver": "580.65.06", "devices": report["devices"][-1:]}
+    (problem,) = problems(alone, "cuda")
+    assert problem["exit_code"] == 6
+    assert f"driver 580.65.06 is there, but torch {torch.__version__}, built for " in problem["what"]
+
+
+def test_env_exits_with_5_where_kernels_are_missing_on_hopper(cubins: Path) -> None:
+    report = json.loads(run("env", "--json"))
+    hopper = {"device": "cuda:0", "capability": "9.0", "runs": {"triton": ["512+64"]}, "accepts": {}, "refused": {}}
+    (problem,) = problems({**report, "devices": [hopper, *report["devices"]]})
+    assert problem["exit_code"] == 5
+    assert problem["what"].startswith("no compiled kernels for cuda:0: kernel not built")
+    older = {**hopper, "capability": "8.0"}
+    assert problems({**report, "devices": [older, *report["devices"]]}) == []
+
+
+def test_env_exits_with_3_before_everything_else(tmp_path: Path, cubins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "flash_mla.abi3.so").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(ops, "BACKENDS", {})
+    code, wrong = exit_code()
+    assert code == 3
+    assert wrong[0] == f"WRONG (3): a module of that name: {tmp_path / 'site' / 'flash_mla.abi3.so'}"
+    assert [line[:9] for line in wrong[1:]] == ["WRONG (7)"] * (len(wrong) - 1)
+
+
+def test_env_exits_with_7_where_no_backend_takes_a_device(cubins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "BACKENDS", {})
+    code, wrong = exit_code()
+    assert code == 7
+    assert wrong[-1] == "WRONG (7): no backend takes latent+rope 512+64, 256+64, 256+32, 128+32 on cpu"
+
+
+# --- JSON and progress bars -------------------------------------------------------------------------------------------
+
+SMALL = ("bench", "generate", "--model", "tiny", "--prompt", "20", "--new-tokens", "3", "--device", "cpu")
+PREFIX = ("bench", "prefix", "--prefix", "70", "--rounds", "1", "--new-tokens", "2", "--device", "cpu")
+LAYER = ("bench", "generate", "--model", "v3-layer", "--num-heads", "2", "--hidden-size", "32", "--prompt", "33")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "members"),
+    [
+        (("env",), {"devices", "compiled_kernels", "in_the_way", "exit_code"}),
+        (("estimate", "tiny", "--gpu-mem", "8"), {"formats", "weights_bytes"}),
+        (("verify", "tiny", "--prompt-tokens", "20", "--new-tokens", "3", "--device", "cpu"), {"runs", "failed"}),
+        (("verify", "tiny-layer", "--prompt-tokens", "70", "--device", "cpu"), {"rows", "kv_lora_rank"}),
+        (SMALL, {"rows", "command", "versions"}),
+        ((*LAYER, "--device", "cpu"), {"rows", "command", "versions"}),
+        (PREFIX, {"rows", "command", "versions"}),
+        (
+            ("cost", str(ROOT / "benchmarks" / "results" / "h200_v2_b32_dynamic.json"), "--price-per-hour", "4"),
+            {"rows", "price_per_hour"},
+        ),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, tuple) else "",
+)
+@pytest.mark.usefixtures("definition_only")
+def test_json_is_all_that_stands_on_standard_output(
+    arguments: tuple[str, ...],
+    members: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        app([*arguments, "--json"])
+    assert ended.value.code == 0
+    out, err = capfd.readouterr()
+    assert members <= json.loads(out, parse_constant=pytest.fail).keys()
+    assert "━" not in err  # no bar
+    assert not (tmp_path / "benchmarks").exists()  # nor a file that was not asked for
+
+
+@pytest.mark.usefixtures("definition_only")
+def test_bench_writes_a_file_beside_json_where_one_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*SMALL, "--json", "--out", str(tmp_path / "a.json")])
+    assert json.loads(result.stdout) == json.loads((tmp_path / "a.json").read_text())
+    assert f"wrote {tmp_path / 'a.json'}" in result.stderr
+
+
+class Terminal:
+    """A pseudo-terminal in the place of standard error, and what was drawn on it."""
+
+    def __init__(self) -> None:
+        self.reader, writer = os.openpty()
+        self.stream = os.fdopen(writer, "w", buffering=1)
+
+    def drawn(self) -> str:
+        self.stream.flush()
+        os.set_blocking(self.reader, False)
+        parts = []
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.reader, 1 << 16):
+                parts.append(part)
+        return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((*SMALL, "--baseline", "sdpa", "--rounds", "2"), "runs"),
+        ((*LAYER, "--baseline", "sdpa", "--device", "cpu"), "runs"),
+        (PREFIX, "lengths"),
+        (("verify", "tiny", "--prompt-tokens", "20", "--new-tokens", "3", "--device", "cpu"), "reference"),
+        (("verify", "tiny-layer", "--prompt-tokens", "70", "--device", "cpu"), "outlier columns"),
+    ],
+    ids=["generate", "layer", "prefix", "verify", "verify-layer"],
+)
+@pytest.mark.usefixtures("definition_only")
+def test_a_bar_is_drawn_for_a_person_and_not_beside_json(
+    arguments: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for as_json in (False, True):
+        terminal = Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal.stream)
+            with pytest.raises(SystemExit) as ended:
+                app([*arguments, *(["--json"] * as_json)])
+        assert ended.value.code == 0
+        drawn = terminal.drawn()
+        assert (f"{name} " in drawn and "━" in drawn) != as_json, drawn
+
+
+@pytest.mark.usefixtures("definition_only")
+def test_the_bar_of_bench_generate_moves_between_runs() -> None:
+    seen = []
+    model = bench_shapes.build_model(
+        "tiny", dtype=torch.float32, device=torch.device("cpu"), attn_implementation="sdpa"
+    )
+    settings = [bench_generate.Setting("tiny", "sdpa", "dynamic", 1, length, 3) for length in (5, 9)]
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(None))
+    bench_generate.measure(
+        model,
+        settings,
+        rounds=2,
+        warmup=False,
+        report=lambda line: None,
+        progress=lambda done, total: seen.append((done, total, len(forwards))),
+    )
+    hook.remove()
+    assert seen == [(done, 4, 3 * done) for done in range(5)]
 
 
 # --- bench generate ---------------------------------------------------------------------------------------------------

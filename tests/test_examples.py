@@ -119,3 +119,14 @@ def test_documents_are_stored_once_and_answered_as_cold(tmp_path: Path) -> None:
     assert len(re.findall(r"^found ", again, re.MULTILINE)) == 3
     assert "stored " not in again
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")} == files
+
+
+# --- mlflow_model.py; spark_batch.py is in test_spark.py, which kills it on the way -----------------------------------
+
+
+def test_an_mlflow_model_has_the_tokens_of_generate(tmp_path: Path) -> None:
+    text = run("--out", tmp_path / "model", "--max-new-tokens", 8, script="mlflow_model.py").stdout
+    assert re.search(r"^ +[\d,]+ bytes  artifacts/model.safetensors$", text, re.MULTILINE)
+    assert "'Licensed under' -> ' the Apache License," in text
+    assert text.splitlines()[-1] == "tokens as of generate() without MLflow: 3 of 3 prompts (float32)"
+    assert (tmp_path / "model" / "MLmodel").exists()

@@ -84,6 +84,11 @@ def test_command_exists_with_its_options(command: str, monkeypatch: pytest.Monke
         found.make_context(command, words)  # raises on an option or a value that does not exist
 
 
+def test_every_page_is_in_the_table_of_documents() -> None:
+    listed = set(re.findall(r"^\| \[([^]]+)\]", README.split("## Documents")[1], re.MULTILINE))
+    assert set(PAGES) - {"README.md"} <= listed
+
+
 def test_every_page_names_commands() -> None:
     assert len(commands()) >= 6
 

@@ -289,6 +289,7 @@ def measure(
     warmup: bool = True,
     profile: bool = False,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[GenerateResult], dict[str, str]]:
     """All settings on one model: prompt by prompt, of each prompt all attentions; see the module for the order.
 
@@ -300,10 +301,13 @@ def measure(
         warmup: generate a few tokens of the same shape before the first round of each.
         profile: once all is measured, run each setting again and record `PROFILED_STEPS` late steps of the device.
         report: takes a line as each setting is done.
+        progress: takes the runs that are over and all of them, before the first and after each; never during one.
     Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice.
     """
     rows: dict[Setting, GenerateResult] = {}
     failed: dict[str, str] = {}
+    num_runs, total = 0, len(settings) * rounds
+    progress(num_runs, total)
     for prompt in dict.fromkeys(setting.prompt for setting in settings):
         by_attn = {setting.attn: setting for setting in settings if setting.prompt == prompt}
         turns = settings[0].cache == "dynamic" if in_turns is None else in_turns
@@ -311,6 +315,7 @@ def measure(
         tokens: dict[str, torch.Tensor] = {}
         for attn, afresh in schedule(list(by_attn), rounds, turns):
             setting = by_attn[attn]
+            num_runs += 1
             if _name(setting) in failed:
                 continue
             if afresh:
@@ -322,6 +327,7 @@ def measure(
                 done[attn].append(one)
             except torch.OutOfMemoryError as error:
                 failed[_name(setting)] = str(error)
+            progress(num_runs, total)
         for attn, setting in by_attn.items():
             if _name(setting) in failed:
                 continue

@@ -1,4 +1,4 @@
-"""A report of `flash-mla bench generate` as pictures: tokens/s and peak memory against the context."""
+"""Reports of `flash-mla bench generate` and `bench prefix` as pictures: speed, memory and first token by context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .roofline import COLOURS, MARKERS
 
-__all__ = ["curves", "draw_generate", "require_matplotlib"]
+__all__ = ["curves", "draw_generate", "draw_prefix", "require_matplotlib"]
 
 SIZE = (7, 4.5)  # inches
 
@@ -16,14 +16,12 @@ SIZE = (7, 4.5)  # inches
 Curve = list[tuple[int, float]]
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(command: str = "flash-mla bench generate") -> None:
     """Raise with the pip line where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            'flash-mla bench generate --plot needs matplotlib: pip install "transformers-flash-mla[bench]"'
-        ) from error
+        raise ImportError(f'{command} --plot needs matplotlib: pip install "transformers-flash-mla[bench]"') from error
 
 
 def _tokens_per_s(row: dict[str, Any]) -> float:
@@ -76,7 +74,52 @@ def draw_generate(report: dict[str, Any], where: Path) -> list[Path]:
     return written
 
 
+def draw_prefix(report: dict[str, Any], path: Path) -> Path:
+    """Draw the first token's time by length of the prefix, cold and stored, as this PNG; its folder is created.
+
+    Args:
+        report: as `flash-mla bench prefix` writes it. Bars go from the fastest round to the slowest.
+    Raises: ImportError: without matplotlib. ValueError: a report without such rows.
+    """
+    require_matplotlib("flash-mla bench prefix")
+    rows = sorted(report["rows"], key=lambda row: row.get("prefix", 0))
+    if not rows or "warm_round_s" not in rows[0]:
+        raise ValueError("flash_mla.bench.plots: needs a report of `flash-mla bench prefix`, with rows")
+    first = rows[0]
+    figure, axes = _axes(
+        f"TTFT cold and with a stored prefix: {first['model']}, {first['dtype']}, {report['device']}",
+        f"tokens of the prefix ({first['question']} more behind it)",
+        "time to the first token, ms",
+        [row["prefix"] for row in rows],
+    )
+    for number, (kind, label) in enumerate((("cold", "cold"), ("warm", "stored prefix, loading included"))):
+        middle = [row[f"{kind}_s"] * 1e3 for row in rows]
+        bounds = [[bound(row[f"{kind}_round_s"]) * 1e3 for row in rows] for bound in (min, max)]
+        bars = [[abs(end - at) for end, at in zip(ends, middle, strict=True)] for ends in bounds]
+        axes.errorbar(
+            [row["prefix"] for row in rows],
+            middle,
+            yerr=bars,
+            capsize=3,
+            label=label,
+            marker=MARKERS[number],
+            color=COLOURS[number],
+        )
+    return _write(figure, axes, path)
+
+
 def _draw(lines: dict[str, Curve], title: str, label: str, path: Path) -> Path:
+    lengths = sorted({point[0] for points in lines.values() for point in points})
+    figure, axes = _axes(title, "context, tokens per row", label, lengths)
+    for number, (attn, points) in enumerate(lines.items()):
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
+        axes.plot(x, y, label=attn, marker=marker, color=colour)
+    return _write(figure, axes, path)
+
+
+def _axes(title: str, x_label: str, y_label: str, lengths: Sequence[int]) -> tuple[Any, Any]:
+    """A figure and its axes for curves over these lengths, which are in order."""
     # Not pyplot: no window, and the process's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -84,20 +127,19 @@ def _draw(lines: dict[str, Curve], title: str, label: str, path: Path) -> Path:
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, (attn, points) in enumerate(lines.items()):
-        x, y = [point[0] for point in points], [point[1] for point in points]
-        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-        axes.plot(x, y, label=attn, marker=marker, color=colour)
-    lengths = sorted({point[0] for points in lines.values() for point in points})
     if lengths[-1] > 8 * lengths[0]:
         axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("context, tokens per row")
-    axes.set_ylabel(label)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(visible=True, linewidth=0.3, alpha=0.5)
     axes.set_title(title, loc="left", fontsize=10)
+    return figure, axes
+
+
+def _write(figure: Any, axes: Any, path: Path) -> Path:
+    axes.set_ylim(bottom=0)
     axes.legend(fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")

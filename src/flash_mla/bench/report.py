@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
 import platform
 import re
 import shlex
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "write_report"]
+__all__ = ["cpu", "machine", "to_json", "write_report"]
 
 PACKAGES = ("transformers-flash-mla", "torch", "transformers", "accelerate", "safetensors", "triton", "huggingface-hub")
 
@@ -35,6 +37,15 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", first)
     return found.group(1) if found else first
+
+
+def cpu() -> dict[str, Any]:
+    """Name and number of this machine's processors."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return {"cpu": line.partition(":")[2].strip(), "cores": os.cpu_count()}
+    return {"cpu": None, "cores": os.cpu_count()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -60,6 +71,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def to_json(report: dict[str, Any]) -> str:
+    """`report` as JSON with the command line added."""
+    return json.dumps({**report, "command": shlex.join(["flash-mla", *sys.argv[1:]])}, indent=1)
+
+
 def write_report(out: Path, name: str, report: dict[str, Any]) -> Path:
     """Write `report` as JSON with the command line added; return the file.
 
@@ -72,6 +88,5 @@ def write_report(out: Path, name: str, report: dict[str, Any]) -> Path:
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         out = out / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{stamp}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["flash-mla", *sys.argv[1:]])
-    out.write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
+    out.write_text(to_json(report) + "\n")
     return out

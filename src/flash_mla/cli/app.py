@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from .bench_commands import bench
-from .options import console, device_of, dtype_of, stop
+from .options import Json, console, device_of, dtype_of, stop
+from .serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Paged latent cache and absorbed MLA decode.")
 app.add_typer(bench, name="bench")
-
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+app.command()(serve)
 
 
 class Stored(str, Enum):
@@ -33,16 +33,39 @@ class Native(str, Enum):
     sdpa = "sdpa"
 
 
+class Backend(str, Enum):
+    """Names of backends that `env` can insist on."""
+
+    cuda = "cuda"
+    triton = "triton"
+    torch = "torch"
+
+
 @app.command()
-def env(as_json: Json = False) -> None:
-    """Versions, GPU, which backend would run and why the others would not, and what shadows this package."""
-    from .env import environment, show
+def env(
+    require: Annotated[
+        Backend | None, typer.Option(help="A backend that has to run on a device of this machine; else exit code 6.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, GPU, which backend would run and why the others would not, and what shadows this package.
+
+    Exit codes: 0, nothing is wrong (a machine without a GPU is not wrong); 3, something else named flash_mla is in the
+    way; 4, this Transformers does not know the name; 5, compiled kernels are out of date, or missing on a Hopper GPU;
+    6, the required backend does not run here; 7, a device that no backend takes. Of several, the first in this order.
+    """
+    from .env import environment, problems, show
 
     report = environment()
+    found = problems(report, None if require is None else require.value)
+    code = found[0]["exit_code"] if found else 0
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        typer.echo(json.dumps({**report, "problems": found, "exit_code": code}, indent=1))
     else:
         show(report, console)
+    for problem in found:
+        typer.echo(f"WRONG ({problem['exit_code']}): {problem['what']}", err=True)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -90,7 +113,7 @@ def verify(
                     f"--max-perplexity-change are for a model, got {model}"
                 )
             kind = dtype_of(dtype or "bfloat16", device)
-            report = commands.verify_layer(model, layer, prompt_tokens or 1024, kind, where, seed)
+            report = commands.verify_layer(model, layer, prompt_tokens or 1024, kind, where, seed, quiet=as_json)
         else:
             report = commands.verify_model(
                 model,
@@ -151,5 +174,32 @@ def estimate(
         stop(f"{type(error).__name__}: {error}")
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        commands.show(found, console)
+
+
+@app.command()
+def cost(
+    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON of `flash-mla bench generate`.")],
+    price_per_hour: Annotated[float, typer.Option(help="Of the machine that it was measured on, in dollars.")],
+    utilization: Annotated[
+        float, typer.Option(help="Share of the paid time in which the machine computes like this.")
+    ] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Dollars per million tokens, of prompt and generated, native beside ours; from what was measured and a price.
+
+    A second costs price / 3600 / utilization. Per million tokens: prompt = second * TTFT / tokens of all prompts;
+    decode = second * time of a late step / batch; generated = second * time of the whole call / generated tokens;
+    blended = the same over prompt and generated tokens.
+    """
+    from . import cost as commands
+
+    try:
+        found = commands.cost(report, price_per_hour, utilization)
+    except (OSError, ValueError) as error:
+        stop(f"{type(error).__name__}: {error}")
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
     else:
         commands.show(found, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from .options import console, device_of, dtype_of, stop
+from .bench_prefix import prefix
+from .bench_serve import serve
+from .options import Json, Output, device_of, dtype_of, lengths_of, stop
+from .progress import bars
+from .results import Out, deliver
 
 if TYPE_CHECKING:
     from ..bench.decode_shapes import DecodeShape
@@ -19,9 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
-
-RESULTS = Path("benchmarks/results")
-Out = Annotated[Path, typer.Option(help="JSON file, or folder for a file named by what was measured and when.")]
+bench.command()(prefix)
+bench.command()(serve)
 
 
 class Attention(str, Enum):
@@ -76,21 +80,21 @@ def kernel(
         bool | None, typer.Option(help="Compare some requests with fp64 first. Default: of backend cuda.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the roofline, as this PNG.")] = None,
-    out: Out = RESULTS,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Time the decode kernel by shape on a GPU, beside the floor and the best of the anchors, losses included."""
     from ..bench import kernel as bench_kernel
     from ..bench.check import WrongResultError
     from ..bench.decode_shapes import DecodeShape
     from ..bench.figures import compare, read_anchors, summarize
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from ..bench.roofline import draw_roofline, require_matplotlib
     from ..codec import row_layout
     from ..contract import UnsupportedError
-    from .tables import class_table, kernel_table, losses
+    from .tables import class_table, kernel_table, losses, rates
 
-    known = read_anchors(anchors) if anchors is not None else None
-    latent = (kv_lora_rank, qk_rope_head_dim, block_size)
+    known, latent = read_anchors(anchors) if anchors else None, (kv_lora_rank, qk_rope_head_dim, block_size)
     if topk is not None and varlen:
         raise typer.BadParameter("reads topk rows whatever the length: not with --varlen", param_hint="--topk")
     try:
@@ -116,45 +120,37 @@ def kernel(
     where = device_of(None)
     if where.type != "cuda":
         stop("flash-mla bench kernel: measures a GPU, and torch sees none here")
-    timing = bench_kernel.Timing(rounds, burst, pause, sustained, cold)
-    head = machine(where)
-    at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+    timing, head = bench_kernel.Timing(rounds, burst, pause, sustained, cold), machine(where)
     results, appended, failed = [], {}, dict[str, str]()
-    for to_fp8 in appends:
-        name = f"append{' fp8' * to_fp8}"
-        try:
-            appended[name] = bench_kernel.time_append(kind, timing, *latent, to_fp8)
-        except (UnsupportedError, WrongResultError) as error:
-            failed[name] = str(error)
-    for shape in shapes:
-        torch.cuda.empty_cache()
-        try:
-            measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
-        except torch.OutOfMemoryError as error:
-            measured, refused = [], {shape.name: str(error)}
-        results += measured
-        failed |= refused
-        # As it comes: a later shape may end the process.
-        for result in measured:
-            typer.echo(f"{result.shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
+    with bars(as_json, during_measurement=True) as step:
+        step("ceilings, append", 0, 1)
+        at_best = bench_kernel.measure_ceilings(timing) if ceilings else None
+        for to_fp8 in appends:
+            name = f"append{' fp8' * to_fp8}"
+            try:
+                appended[name] = bench_kernel.time_append(kind, timing, *latent, to_fp8)
+            except (UnsupportedError, WrongResultError) as error:
+                failed[name] = str(error)
+        step("ceilings, append", 1, 1)
+        for number, shape in enumerate(shapes):
+            step("shapes", number, len(shapes))
+            torch.cuda.empty_cache()
+            try:
+                measured, refused = bench_kernel.time_shape(shape, names, kind, timing, check, deterministic)
+            except torch.OutOfMemoryError as error:
+                measured, refused = [], {shape.name: str(error)}
+            results += measured
+            failed |= refused
+            # As it comes: a later shape may end the process.
+            for result in measured:
+                typer.echo(f"{result.shape.name}, {result.backend}: {result.graph_ms:.4f} ms", err=True)
     rows = compare(results, known, at_best)
-    summary = summarize(rows)
-    console.print(kernel_table(rows, head["device"]))
+    summary, output = summarize(rows), Output(as_json)
+    output.show(kernel_table(rows, head["device"]))
     if len(shapes) > 1:
-        console.print(class_table(summary))
-    for line in losses(rows):
-        typer.echo(line)
-    if at_best is not None:
-        typer.echo(
-            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
-            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
-        )
-    for name, figure in appended.items():
-        came = f", from {figure.token_bytes:,} each," * (figure.token_bytes != figure.row_bytes)
-        typer.echo(
-            f"{name}, {figure.backend}: {figure.tokens:,} rows of {figure.row_bytes:,} bytes{came} in "
-            f"{figure.ms:.4f} ms, {figure.TBps:.2f} TB/s read and written"
-        )
+        output.show(class_table(summary))
+    for line in (*losses(rows), *rates(at_best, appended)):
+        output.say(line)
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -173,10 +169,9 @@ def kernel(
         "not_measured": failed,
     }
     listed = f"kernel{'-fp8' * fp8}{'' if topk is None else f'-top{topk}'}"
-    stem = listed if batch is None else f"kernel-{shapes[0].name}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    deliver(report, listed if batch is None else f"kernel-{shapes[0].name}", out, as_json)
     if plot is not None and rows:
-        typer.echo(f"wrote {draw_roofline(report, plot)}")
+        typer.echo(f"wrote {draw_roofline(report, plot)}", err=as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -241,17 +236,18 @@ def generate(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
     ] = None,
-    out: Out = RESULTS,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
     from ..bench import generate as bench_generate
     from ..bench.context import compare
     from ..bench.plots import draw_generate, require_matplotlib
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from ..bench.shapes import build_model
     from .tables import device_time_table, generate_table, ran
 
-    where, kind, prompts = device_of(device), dtype_of(dtype, device), _lengths(prompt)
+    where, kind, prompts = device_of(device), dtype_of(dtype, device), lengths_of(prompt, "--prompt")
     names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
     if profile and where.type != "cuda":
         raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
@@ -267,40 +263,43 @@ def generate(
             stop(f"ImportError: {error}")
     head = machine(where)
     if model == "v3-layer":
-        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out)
+        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out, as_json)
         return
-    try:
-        loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
-    except ImportError as error:
-        stop(f"ImportError: {error}")
-    if experts is not None:
-        loaded.set_experts_implementation(experts)
     settings = [
         bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
         for length in prompts
         for name in names
     ]
     in_turns = cache is CacheKind.dynamic if turns is None else turns
-    results, failed = bench_generate.measure(
-        loaded,
-        settings,
-        rounds=rounds,
-        in_turns=in_turns,
-        warmup=warmup,
-        profile=profile,
-        report=lambda line: typer.echo(line, err=True),
-    )
+    with bars(as_json, during_measurement=True) as step:
+        try:
+            loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
+        except ImportError as error:
+            stop(f"ImportError: {error}")
+        if experts is not None:
+            loaded.set_experts_implementation(experts)
+        results, failed = bench_generate.measure(
+            loaded,
+            settings,
+            rounds=rounds,
+            in_turns=in_turns,
+            warmup=warmup,
+            profile=profile,
+            report=lambda line: typer.echo(line, err=True),
+            progress=lambda done, total: step("runs", done, total),
+        )
+    output = Output(as_json)
     against = names[1] if len(names) > 1 else None
     rows = compare([result.to_json() for result in results], against)
     if rows:
-        console.print(generate_table(rows, head["device"], against))
+        output.show(generate_table(rows, head["device"], against))
     if profile and results:
-        console.print(device_time_table(results))
+        output.show(device_time_table(results))
     for result in results:
-        typer.echo(ran(result))
+        output.say(ran(result))
     for result in results:
         if result.identical_rows is not None:
-            typer.echo(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
+            output.say(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -313,10 +312,10 @@ def generate(
         "not_measured": failed,
     }
     stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    deliver(report, stem, out, as_json)
     if plot is not None and rows:
         for path in draw_generate(report, plot):
-            typer.echo(f"wrote {path}")
+            typer.echo(f"wrote {path}", err=as_json)
     if failed:
         raise typer.Exit(1)
 
@@ -330,16 +329,18 @@ def _layers(
     dtype: torch.dtype,
     hidden_size: int,
     profile: bool,
-    out: Path,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     from ..bench.layer import time_layer
-    from ..bench.report import machine, write_report
+    from ..bench.report import machine
     from .tables import device_time_table, layer_table, ran
 
     head = machine(device)
     layers, failed = [], dict[str, str]()
-    for length in prompts:
-        for name in names:
+    with bars(as_json, during_measurement=True) as step:
+        for number, (length, name) in enumerate(itertools.product(prompts, names)):
+            step("runs", number, len(prompts) * len(names))
             try:
                 layer = time_layer(
                     attn=name,
@@ -355,12 +356,13 @@ def _layers(
                 failed[f"{name}, prompt {length}"] = str(error)
             else:
                 layers.append(layer)
+    output = Output(as_json)
     if layers:
-        console.print(layer_table(layers, head["device"]))
+        output.show(layer_table(layers, head["device"]))
     if profile and layers:
-        console.print(device_time_table(layers))
+        output.show(device_time_table(layers))
     for layer in layers:
-        typer.echo(ran(layer))
+        output.say(ran(layer))
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -369,17 +371,6 @@ def _layers(
         "rows": [row.to_json() for row in layers],
         "not_measured": failed,
     }
-    stem = f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}"
-    typer.echo(f"wrote {write_report(out, stem, report)}")
+    deliver(report, f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}", out, as_json)
     if failed:
         raise typer.Exit(1)
-
-
-def _lengths(text: str) -> list[int]:
-    """Prompt lengths of an option, in their order."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise typer.BadParameter(
-            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint="--prompt"
-        )
-    return [int(part) for part in parts]

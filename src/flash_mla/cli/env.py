@@ -19,9 +19,12 @@ from ..bench.report import PACKAGES, driver_version, version_of
 from ..contract import LATENT_SHAPES
 from ..ops import backend_reasons, call_to_come
 
-__all__ = ["compiled_kernels", "environment", "others_named_flash_mla", "show"]
+__all__ = ["compiled_kernels", "environment", "others_named_flash_mla", "problems", "show"]
 
 DISTRIBUTION = "transformers-flash-mla"
+
+# Exit codes for scripts; 1 and 2 are those of any failure and of wrong options.
+IN_THE_WAY, NOT_REGISTERED, KERNELS, REQUIRED, NO_BACKEND = 3, 4, 5, 6, 7
 
 
 def others_named_flash_mla(own: Path | None = None, path: list[str] | None = None) -> list[str]:
@@ -56,8 +59,9 @@ def others_named_flash_mla(own: Path | None = None, path: list[str] | None = Non
 
 
 def _backends(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Which backend takes a decode call on `device` at each published latent shape, and the reasons of the others."""
+    """Which backend takes a decode call on `device` at each published latent shape, which could, and why others not."""
     chosen: dict[str, list[str]] = {}
+    could: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for kv_lora_rank, qk_rope_head_dim in LATENT_SHAPES:
         call = call_to_come(
@@ -75,10 +79,12 @@ def _backends(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         name = next((name for name, why in reasons.items() if not why), None)
         chosen.setdefault(str(name), []).append(shape)
         for other, why in reasons.items():
+            if not why:
+                could.setdefault(other, []).append(shape)
             for reason in why:
                 if reason not in refused.setdefault(other, []):
                     refused[other].append(reason)
-    return {"runs": chosen, "refused": {name: why for name, why in refused.items() if why}}
+    return {"runs": chosen, "accepts": could, "refused": {name: why for name, why in refused.items() if why}}
 
 
 def compiled_kernels() -> dict[str, Any]:
@@ -144,6 +150,40 @@ def _registered() -> str:
     if "flash_mla" in ALL_ATTENTION_FUNCTIONS:
         return 'attn_implementation="flash_mla" is registered'
     return 'attn_implementation="flash_mla" is NOT registered'
+
+
+def problems(report: dict[str, Any], required: str | None = None) -> list[dict[str, Any]]:
+    """What is wrong with this machine's set-up.
+
+    Args:
+        report: of `environment`.
+        required: a backend that has to take decode calls on some device, be it that another one comes first there.
+    Returns: `exit_code` and `what` of each, in the order of the codes; empty: nothing. No GPU is nothing wrong.
+    """
+    found = [(IN_THE_WAY, line) for line in report["in_the_way"]]
+    if not report["transformers"].endswith(" is registered"):
+        found.append((NOT_REGISTERED, f"Transformers: {report['transformers']}"))
+    kernels, devices = report["compiled_kernels"], report["devices"]
+    found += [(KERNELS, f"{problem}: python -m flash_mla._build") for problem in kernels["stale"]]
+    hopper = [device["device"] for device in devices if device.get("capability") == "9.0"]
+    if hopper and not kernels["cubins"]:
+        found.append((KERNELS, f"no compiled kernels for {', '.join(hopper)}: {kernels['unavailable']}"))
+    if required is not None and not any(required in device["accepts"] for device in devices):
+        reasons = [
+            f"{device['device']}: {reason}" for device in devices for reason in device["refused"].get(required, [])
+        ]
+        if report["driver"] is not None and len(devices) == 1:
+            reasons.append(
+                f"NVIDIA driver {report['driver']} is there, but torch {report['versions']['torch']}, built for "
+                f"{report['torch_built_for']}, sees no GPU"
+            )
+        found.append((REQUIRED, f"backend {required} does not run here: {'; '.join(reasons)}"))
+    found += [
+        (NO_BACKEND, f"no backend takes latent+rope {', '.join(device['runs']['None'])} on {device['device']}")
+        for device in devices
+        if "None" in device["runs"]
+    ]
+    return [{"exit_code": code, "what": what} for code, what in found]
 
 
 def show(report: dict[str, Any], console: Console) -> None:

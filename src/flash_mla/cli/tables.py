@@ -10,6 +10,7 @@ from ..bench.decode_shapes import name_of
 from ..bench.figures import FLAGGED, series_of
 
 if TYPE_CHECKING:
+    from ..bench.figures import AppendFigure, Ceilings
     from ..bench.generate import GenerateResult
     from ..bench.layer import LayerResult
 
@@ -21,7 +22,9 @@ __all__ = [
     "layer_table",
     "losses",
     "new_table",
+    "prefix_table",
     "ran",
+    "rates",
 ]
 
 
@@ -69,6 +72,30 @@ def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None
     table.caption = "ms/token: median of late steps, all rows at once; context ms: more than at the shortest prompt"
     if baseline is not None:
         table.caption += f"; / baseline: ms/token over {baseline}'s"
+    return table
+
+
+def prefix_table(rows: list[dict[str, Any]], device: str) -> Table:
+    """First tokens from `bench.prefix.measure`; a ratio below 1: the stored prefix is faster."""
+    first = rows[0]
+    table = new_table(
+        f"{first['model']}: {first['question']} tokens behind the prefix, {first['dtype']}, {device}",
+        ("prefix", "file MiB", "save ms", "cold ms", "spread", "warm ms", "spread", "load ms", "warm / cold", "equal"),
+        0,
+    )
+    for row in rows:
+        milliseconds = ("save_s", "cold_s", "cold_spread_s", "warm_s", "warm_spread_s", "load_s")
+        table.add_row(
+            f"{row['prefix']:,}",
+            f"{row['file_bytes'] / 2**20:.2f}",
+            *(f"{row[name] * 1e3:.1f}" for name in milliseconds),
+            f"{row['ratio']:.3f}",
+            f"{row['identical_tokens']} of {row['new_tokens']}",
+        )
+    table.caption = (
+        f"cold, warm: to the first token, median of {first['rounds']} rounds, spread max - min; "
+        "warm with load; equal: leading tokens"
+    )
     return table
 
 
@@ -197,4 +224,21 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
         lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios.items() if ratio > 1]
         text = f"{backend} against the best anchor: {len(ratios) - len(lost)} of {len(ratios)} shapes faster"
         lines.append(text + (f"; slower: {', '.join(lost)}" if lost else ""))
+    return lines
+
+
+def rates(at_best: Ceilings | None, appended: dict[str, AppendFigure]) -> list[str]:
+    """A line on the ceilings of the run, and one by what was appended."""
+    lines = []
+    if at_best is not None:
+        lines.append(
+            f"ceilings of this run: copy {at_best.copy_TBps:.2f} TB/s, read {at_best.read_TBps:.2f} TB/s, "
+            f"bf16 matmul {at_best.matmul_bf16_TFLOPs:.0f} TFLOP/s, graph node {at_best.graph_node_us:.2f} us"
+        )
+    for name, figure in appended.items():
+        came = f", from {figure.token_bytes:,} each," * (figure.token_bytes != figure.row_bytes)
+        lines.append(
+            f"{name}, {figure.backend}: {figure.tokens:,} rows of {figure.row_bytes:,} bytes{came} in "
+            f"{figure.ms:.4f} ms, {figure.TBps:.2f} TB/s read and written"
+        )
     return lines

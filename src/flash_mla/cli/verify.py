@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from ..bench.report import machine
 from ..bench.shapes import NAMED, build_model, layer_config
 from ..outliers import LayerShape, layer_errors
 from ..quality import REFERENCE, require_paged, verify
 from .estimate import read_config
+from .progress import bars
 from .tables import new_table
 
 __all__ = ["OUTLIERS", "TEXT", "failures", "layer_shape", "show_layer", "show_model", "verify_layer", "verify_model"]
@@ -84,27 +81,6 @@ def _token_ids(model: str, vocab_size: int, text: Path | None, count: int, seed:
     return ids[:, :count], str(text) if text is not None else "built-in text"
 
 
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Any]:
-    """A progress callback of `quality.verify` that draws a bar per run on stderr; quiet: none, nor of loading."""
-    loading = transformers.utils.logging.is_progress_bar_enabled()
-    if quiet:
-        transformers.utils.logging.disable_progress_bar()
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        tasks: dict[str, Any] = {}
-
-        def step(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)
-
-        try:
-            yield step
-        finally:
-            if quiet and loading:
-                transformers.utils.logging.enable_progress_bar()
-
-
 def verify_model(
     model: str,
     *,
@@ -129,7 +105,7 @@ def verify_model(
     if ids.max() >= vocab_size:
         raise ValueError(f"flash-mla verify: the model has {vocab_size} tokens, its tokenizer gave {int(ids.max())}")
     torch.manual_seed(seed)
-    with _bar(quiet) as step:
+    with bars(quiet) as step:
         loaded = build_model(model, dtype=dtype, device=device, attn_implementation=reference)
         found = verify(loaded, ids.to(device), prompt_tokens, cache=cache, reference=reference, progress=step)
     return {
@@ -242,9 +218,15 @@ def layer_shape(model: str) -> LayerShape | None:
 
 
 def verify_layer(
-    name: str, shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int
+    name: str, shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int, quiet: bool
 ) -> dict[str, Any]:
     """`quality.layer_errors` by strength of the outlier columns, as plain values."""
+    rows = []
+    with bars(quiet) as step:
+        for number, outlier in enumerate(OUTLIERS):
+            step("outlier columns", number, len(OUTLIERS))
+            errors = layer_errors(shape, outlier, tokens=tokens, dtype=dtype, device=device, seed=seed)
+            rows.append({"outlier": outlier, "errors": _finite(errors)})
     return {
         **machine(device),
         "what": "error of one layer's decode by how latents are stored; method: flash_mla.outliers",
@@ -252,13 +234,7 @@ def verify_layer(
         **shape._asdict(),
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": [
-            {
-                "outlier": outlier,
-                "errors": _finite(layer_errors(shape, outlier, tokens=tokens, dtype=dtype, device=device, seed=seed)),
-            }
-            for outlier in OUTLIERS
-        ],
+        "rows": rows,
     }
 
 
