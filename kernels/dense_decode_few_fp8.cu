@@ -24,9 +24,9 @@
 //   q_full, q_empty    Q of an item: Q's warps -> both consumers -> Q's warps
 //
 // A unit is 41,984 bytes where bf16 rows are 73,728. Moving bits takes 7 instructions per 4 codes, twice per code: 900
-// of the ~2,300 clocks that a unit's share of HBM takes to issue, and twice that in the integer pipe, which has half the
-// lanes. A unit takes ~3,500 clocks at 16 rows. (One file of 570 lines: producers, consumers and their barriers are one
-// protocol, read together or not at all.)
+// of the ~2,300 clocks that a unit's share of HBM takes to issue, and twice that in the integer pipe, which has half
+// the lanes. A unit takes ~3,500 clocks at 16 rows. (One file of 570 lines: producers, consumers and their barriers are
+// one protocol, read together or not at all.)
 #include "few_rows.cuh"
 
 constexpr int GROUP_COLUMNS = 128;  // that share a scale; as codes, a tile of 128 bytes per token
