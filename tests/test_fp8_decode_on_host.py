@@ -219,6 +219,17 @@ def test_subnormal_codes_alone(num_heads: int, on_host: OnHost) -> None:
     assert_right(problem, out, lse)
 
 
+def test_scales_are_not_rounded_before_they_multiply(on_host: OnHost) -> None:
+    """One token of 1.875 times 1.0036, which bf16 rounds to 1: their product is nearer to 1.8828 than to 1.875."""
+    problem = fp8(Case("scales", (1,), num_heads=40, **SHAPE))
+    row = problem.kv_cache[int(problem.block_table[0, 0]), 0, 0]
+    row[:512] = 0x3F
+    row[512:528] = torch.full((4,), 1.0036).view(torch.uint8)
+    out, _ = decode(problem, whole(problem))
+    assert bool((out == torch.tensor(1.875 * 1.0036).bfloat16()).all())
+    assert out[0, 0, 0, 0] != 1.875
+
+
 @pytest.mark.parametrize("num_heads", [4, 40])
 def test_what_is_not_finite_comes_out(num_heads: int, on_host: OnHost) -> None:
     """A scale that is NaN, which a writer gives to columns that are not finite, makes its request NaN and no other."""
