@@ -457,7 +457,8 @@ __device__ __forceinline__ void score_role(const GatherParams& gather, Shared& s
             }
           }
         }
-        is_first = false;
+        // Until a row of the pool is named there is no score to refer to.
+        is_first = IS_SPARSE && is_first && (named[0] | named[1]) == 0;
         float odd_sum[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 32; ++i) {

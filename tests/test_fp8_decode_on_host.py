@@ -41,6 +41,7 @@ from flash_mla.backends.cuda.params import (
     GATHER_FIELDS,
     TENSOR_MAP_BYTES,
 )
+from flash_mla.codec import decode_rows
 from flash_mla.contract import check_sparse
 
 SOURCE = _build.KERNELS / "dense_decode_few_fp8.cu"
@@ -295,7 +296,7 @@ FAR_APART = (
         ({"kv_cache_strides": (41992, 656, 656, 1)},
          ["needs strides of kv_cache that are not 0 and that 16 divides, got (41992, 656, 656, 1)"]),
         ({"num_blocks": 2**21},
-         [f"takes a pool of FP8 rows of fewer than 64 GiB, got {2**21} blocks 41984 bytes apart"]),
+         [f"takes FP8 rows within 64 GiB, got ({2**21}, 64, 1) rows with strides (41984, 656, 656) bytes"]),
         ({"sparse": True, "block_size": 1, "kv_cache_strides": (656, 656, 656, 1)}, []),
         ({"sparse": True, "kv_cache_strides": (2 * 41984, 656, 656, 1)},
          [FAR_APART]),
@@ -356,3 +357,60 @@ def test_rows_named_by_index(
     )
     by_request = lse.view(batch, seqlen_q, num_heads).transpose(1, 2)
     test_sparse.assert_right(problem, out.view(batch, seqlen_q, num_heads, 512), by_request)
+
+
+def run_sparse(
+    q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.sparse_decode` up to its backend, by the definition's plan; requests' queries one after the other."""
+    sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
+    monkeypatch.setattr(sparse, "plan", lambda lengths, slots: definition.plan(lengths, 3))
+    call = check_sparse(q, kv_cache, indices, 512, None, None)
+    call = dataclasses.replace(call, device_type="cuda", capability=(9, 0))
+    queries = q.reshape(-1, 1, *q.shape[2:])
+    with equal_lengths.nothing_kept():
+        out, lse, _ = sparse.sparse_decode(
+            call, queries, kv_cache, indices.reshape(-1, indices.shape[2]), None, scale, None, False
+        )
+    return out, lse
+
+
+def test_the_first_row_that_is_named_sets_the_reference(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 indices that name nothing, and then one of a score so low that it is 0 beside anything above -126."""
+    problem = test_sparse.make(dataclasses.replace(SPARSE_CASES[0], topk=70), torch.bfloat16)
+    index = int(problem.indices[0, 0, 0])
+    row = problem.kv_cache.flatten(0, 2)[index]
+    latent, k_rope = decode_rows(row, 512, 64, torch.float32)
+    key = torch.cat((latent, k_rope))
+    q = (-key * 200 / key.square().sum()).bfloat16().expand(1, 1, 4, 576).contiguous()
+    indices = torch.full((1, 1, 70), -1, dtype=torch.int32)
+    indices[0, 0, 66] = index
+    out, lse = run_sparse(q, problem.kv_cache, indices, monkeypatch, 1.0)
+    assert bool((lse + 200).abs().max() < 1)
+    torch.testing.assert_close(out[0, 0].float(), latent.expand(4, 512), rtol=2**-8, atol=0)
+
+
+def test_views_that_differ_in_nothing_but_a_folded_stride(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six requests of one query and one of six, from one address with the same strides: other queries."""
+    problem = test_sparse.make(dataclasses.replace(SPARSE_CASES[0], topk=20, batch=6), torch.bfloat16)
+    q = torch.randn(6, 6, 4, 576).bfloat16()
+    requests = run_sparse(q[:, :1], problem.kv_cache, problem.indices, monkeypatch, 0.05)
+    queries = run_sparse(q[:1], problem.kv_cache, problem.indices.view(1, 6, 20), monkeypatch, 0.05)
+    again = run_sparse(q[:1].clone(), problem.kv_cache, problem.indices.view(1, 6, 20), monkeypatch, 0.05)
+    assert torch.equal(queries[0], again[0])
+    assert not torch.equal(requests[0], queries[0])
+
+
+def test_what_is_kept_is_for_eager_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_lengths, "_kept", {})
+
+    def lengths() -> torch.Tensor:
+        return equal_lengths.equal_lengths(torch.device("cpu"), 3, 64, 2, definition.plan)[0]
+
+    kept = lengths()
+    assert lengths() is kept
+    with equal_lengths.nothing_kept():
+        assert lengths() is not kept
+    monkeypatch.setattr(equal_lengths, "_may_keep", lambda device: False)
+    assert lengths() is not kept
+    assert len(equal_lengths._kept) == 1

@@ -105,8 +105,9 @@ def test_subnormal_codes_alone() -> None:
     assert_right(problem, out, lse)
 
 
-def test_in_a_graph_over_growing_lengths() -> None:
-    problem = make(Case("graph", (100, 3000, 1), num_heads=16, **SHAPE), torch.bfloat16)
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_in_a_graph_over_growing_lengths(num_heads: int) -> None:
+    problem = make(Case("graph", (100, 3000, 1), num_heads=num_heads, **SHAPE), torch.bfloat16)
     run(problem)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -18,6 +18,7 @@ import torch
 
 from . import debug
 from .backends import torch as torch_backend
+from .backends.equal_lengths import nothing_kept
 from .contract import (
     AppendCall,
     DecodeCall,
@@ -644,9 +645,10 @@ def _sparse_decode_op(
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, _ = _sparse(
-        "sparse_decode", q, kv_cache, indices, attn_sink, topk_length, kv_lora_rank, softmax_scale, backend, False
-    )
+    with nothing_kept():
+        out, lse, _ = _sparse(
+            "sparse_decode", q, kv_cache, indices, attn_sink, topk_length, kv_lora_rank, softmax_scale, backend, False
+        )
     return out, lse
 
 

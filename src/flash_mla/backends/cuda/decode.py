@@ -129,9 +129,11 @@ def _fp8_refusals(call: DecodeCall) -> list[str]:
     if shape not in FEW_SHAPES:
         reasons.append(f"takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)}, got {shape}")
     block, row = call.kv_cache_strides[:2]
-    if call.num_blocks * block >= MOST_POOL_BYTES:
+    extents = (call.num_blocks, call.block_size, call.h_kv)
+    last = sum((extent - 1) * stride for extent, stride in zip(extents, call.kv_cache_strides, strict=False))
+    if last >= MOST_POOL_BYTES:
         reasons.append(
-            f"takes a pool of FP8 rows of fewer than 64 GiB, got {call.num_blocks} blocks {block} bytes apart"
+            f"takes FP8 rows within 64 GiB, got {extents} rows with strides {call.kv_cache_strides[:3]} bytes"
         )
     if call.sparse and call.num_blocks > 1 and block != call.block_size * row:
         reasons.append(
@@ -318,7 +320,8 @@ def decode(
 
         items, splits = plan(cache_seqlens, num_slots(call))
     slots = items.shape[0] - call.batch
-    key = (call, q.data_ptr(), kv_cache.data_ptr(), cache_seqlens.stride(0), slots, softmax_scale)
+    # Strides: those of a sparse `q` are not its call's, in which batch and queries are apart.
+    key = (call, q.data_ptr(), q.stride(), kv_cache.data_ptr(), cache_seqlens.stride(0), slots, softmax_scale)
     prepared = driver.memo.get(key)
     if prepared is None:
         rows = _walkable(q, call.h_kv)
