@@ -20,7 +20,7 @@
 //   ready[n % 2]       value -> score     K and V are there
 //   p_full[n % 2]      score -> value     P is stored, and rows of later units are looked up
 // and a named one among the value warps, once per half. P(n) overwrites the rotated keys of unit n, which nothing reads
-// after S(n). (One file of 730 lines: the three roles and their barriers are one protocol, read together or not at
+// after S(n). (One file of 750 lines: the three roles and their barriers are one protocol, read together or not at
 // all.)
 #include "item.cuh"
 #include "wgmma.cuh"
