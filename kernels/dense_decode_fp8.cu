@@ -56,10 +56,10 @@ constexpr float LARGE_SCALE = 0x1p7f;
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
   BARRIER_SCORE = 1,
-  BARRIER_VALUE = 2,
-  BARRIER_BOTH = 4,
+  BARRIER_VALUE = 2,  // and BARRIER_VALUE + 1
+  BARRIER_BOTH = 4,   // of the value warpgroups
   BARRIER_ALL = 5
-};  // and BARRIER_VALUE + 1
+};
 
 // A half of a unit.
 struct Half {
@@ -447,7 +447,7 @@ __device__ __forceinline__ void score_role(const GatherParams& gather, Shared& s
             // The first reference is the maximum itself: P = 1 there, which bf16 holds. Later it rises by whole
             // numbers.
             if (!is_first) rise = fmaxf(ceilf(rise), 0.f);
-            if (rise == -infinity()) rise = 0.f;  // sees nothing here, and so nothing later
+            if (rise == -infinity()) rise = 0.f;  // sees nothing here; a dense row nothing later either
             reference[half] += rise;
 #pragma unroll
             for (int i = 0; i < 16; ++i) s[(i >> 1) * 4 + half * 2 + (i & 1)] -= rise;
@@ -537,7 +537,7 @@ __device__ __forceinline__ Scale split_scale(float scale) {
 
 // Four codes times their scale, in bf16: the even ones, the odd ones. A code's bits are moved to where bf16 has its
 // sign, exponent and mantissa, which is the value times 2^-120, subnormal ones included: 7 instructions for four codes.
-// (The instructions that convert e4m3 took five times as long.)
+// (With the instructions that convert e4m3 the kernel took as long.)
 __device__ __forceinline__ void to_bf16(uint32_t codes, const Scale& scale, uint32_t& even, uint32_t& odd) {
   const uint32_t even_bits = codes << 4 & 0x07F007F0 | codes << 8 & 0x80008000;
   const uint32_t odd_bits = codes >> 4 & 0x07F007F0 | codes & 0x80008000;
