@@ -75,6 +75,14 @@ def test_native_stands_beside_ours_where_both_did_the_same_work(tmp_path: Path) 
     assert [row["over_native"] for row in rows if row is not rows[3]] == [None] * 5
 
 
+def test_fp8_pages_have_a_name_and_stand_beside_native_too(tmp_path: Path) -> None:
+    file = written(tmp_path, {**ROW, "cache_dtype": "fp8"}, {**ROW, "attn": "sdpa", "decode_ms": 50.0}, ROW)
+    fp8, native, ours = found(file, "--price-per-hour", 4)
+    assert [row["cache_dtype"] for row in (fp8, native, ours)] == ["fp8", None, None]
+    assert fp8["over_native"]["decode"] == ours["over_native"]["decode"] == pytest.approx(0.4)
+    assert "│ flash_mla fp8 │" in run(file, "--price-per-hour", 4).stdout
+
+
 def test_table_of_a_report_that_was_measured() -> None:
     file = RESULTS / "h200_v2_b32_dynamic.json"
     report = json.loads(file.read_text())
