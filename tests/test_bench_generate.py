@@ -230,6 +230,9 @@ def test_attentions_take_turns_or_not() -> None:
     ]
 
 
+INTERRUPT = -99.0
+
+
 class Scripted:
     """Rounds with known figures in the place of measured ones; `log` has the order of what was done."""
 
@@ -244,6 +247,8 @@ class Scripted:
     def time_round(self, model: Any, one: bench.Setting) -> tuple[bench._Round, torch.Tensor]:
         self.log.append(f"{one.attn} {one.prompt}")
         ms = next(self.ms[one.attn, one.prompt])
+        if ms == INTERRUPT:
+            raise KeyboardInterrupt
         if ms < 0:
             raise torch.OutOfMemoryError("tried to allocate 99 GiB")
         same = torch.arange(2)[:, None] if one.attn == "flash_mla" else torch.zeros(2, 1, dtype=torch.long)
@@ -307,6 +312,28 @@ def test_what_does_not_fit_is_named_and_the_rest_is_measured(monkeypatch: pytest
     assert failed == {"sdpa, batch 2, prompt 128": "tried to allocate 99 GiB"}
     last = compare([row.to_json() for row in rows], "sdpa")[-1]
     assert (last["ratio"], last["context_ms"]) == (None, 0.0)
+
+
+def test_an_interrupted_run_reports_what_has_all_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {("flash_mla", 64): [4.0] * 2, ("sdpa", 64): [5.0] * 2, ("flash_mla", 128): [4.0], ("sdpa", 128): [5.0]}
+    script = Scripted(monkeypatch, {**figures, ("sdpa", 128): [INTERRUPT]})
+    monkeypatch.delattr(bench, "profile_generate")
+    settings = [setting(prompt=p, attn=attn) for p in (64, 128, 256) for attn in ("flash_mla", "sdpa")]
+    moved: list[int] = []
+    rows, failed = bench.measure(
+        script.model,
+        settings,
+        rounds=2,
+        profile=True,
+        report=lambda line: None,
+        progress=lambda done, total: moved.append(done),
+    )
+    assert [(row.attn, row.prompt, row.rounds) for row in rows] == [("flash_mla", 64, 2), ("sdpa", 64, 2)]
+    # Those of 128 have one round at most, and rounds are compared one by one.
+    names = [f"{attn}, batch 2, prompt {p}" for p in (128, 256) for attn in ("flash_mla", "sdpa")]
+    assert {name: failed[name] for name in names} == failed == dict.fromkeys(names, "interrupted")
+    assert script.log[-2:] == ["warm sdpa 128", "sdpa 128"]
+    assert moved == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_profiles_come_after_all_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

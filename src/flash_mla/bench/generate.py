@@ -27,6 +27,7 @@ from .memory import cache_bytes, held_bytes, peak_bytes, reset_peak
 __all__ = ["GenerateResult", "Setting", "StepClock", "cache_bytes", "measure", "schedule", "time_generate"]
 
 WARMUP_TOKENS = 6  # the first step compiles, the second records a CUDA graph, the third replays it
+INTERRUPTED = "interrupted"
 MIN_PROFILED_TOKENS = 1 + 5 + PROFILED_STEPS  # the first token, as many steps as a warm-up has, and those recorded
 
 
@@ -316,11 +317,12 @@ def measure(
         profile: once all is measured, run each setting again and record `PROFILED_STEPS` late steps of the device.
         report: takes a line as each setting is done.
         progress: takes the runs that are over and all of them, before the first and after each; never during one.
-    Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice.
+    Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice,
+        or SIGINT (Ctrl-C) came before its last round was over.
     """
     rows: dict[Setting, GenerateResult] = {}
     failed: dict[str, str] = {}
-    num_runs, total = 0, len(settings) * rounds
+    num_runs, total, interrupted = 0, len(settings) * rounds, False
     progress(num_runs, total)
     for work in dict.fromkeys((setting.batch, setting.prompt) for setting in settings):
         by_way = {setting.way: setting for setting in settings if (setting.batch, setting.prompt) == work}
@@ -332,15 +334,20 @@ def measure(
             num_runs += 1
             if _name(setting) in failed:
                 continue
-            if afresh:
-                start_afresh(model)
+            if interrupted:
+                failed[_name(setting)] = INTERRUPTED
+                continue
             try:
+                if afresh:
+                    start_afresh(model)
                 if warmup and not done[way]:
                     warm_up(model, setting)
                 one, tokens[way] = time_round(model, setting)
                 done[way].append(one)
             except torch.OutOfMemoryError as error:
                 failed[_name(setting)] = str(error)
+            except KeyboardInterrupt:  # minutes have been spent: what has all its rounds is reported
+                failed[_name(setting)], interrupted = INTERRUPTED, True
             progress(num_runs, total)
         for way, setting in by_way.items():
             if _name(setting) in failed:
@@ -351,7 +358,7 @@ def measure(
                 row.identical_rows = int((tokens[way] == tokens[reference]).all(dim=1).sum())
             report(f"{_name(setting)}: {row.decode_ms:.3f} ms/token")
     # Afterwards: what the profiler leaves in the driver makes later launches dearer.
-    if profile:
+    if profile and not interrupted:
         for setting, row in rows.items():
             row.device_time = profile_generate(model, setting)
     return [rows[setting] for setting in settings if setting in rows], failed
