@@ -12,8 +12,8 @@ The header is JSON under `flash_mla_prefix` in the file's metadata: `format_vers
 `identity` (of the model), `layers` (kv_lora_rank, qk_rope_head_dim and dtype of each), `written_by` (versions; not
 compared), and `sha256`. That finds accidents; it is no signature. It is taken over the rest of the header, and then for
 each tensor, in the order of names, over `name dtype shape;` and the SHA-256 (32 bytes) of every 4 MiB of it, the last
-part being what is left. The parts are hashed on all cores: one core with SHA instructions takes 0.58 s for the 972 MiB of
-32,768 tokens of DeepSeek-V2-Lite, which an H200 computes in 0.8 s.
+part being what is left. The parts are hashed on all cores: one core with SHA instructions takes 0.58 s for the 972 MiB
+of 32,768 tokens of DeepSeek-V2-Lite, which an H200 computes in 0.8 s.
 
 Version 1 had the tensors themselves in the place of their parts' digests. Its files are refused: their names are hashes
 of the version too, so that no prompt finds one, and a prefix is computed again sooner than a second format is kept.
