@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -229,6 +230,9 @@ def test_attentions_take_turns_or_not() -> None:
     ]
 
 
+INTERRUPT = -99.0
+
+
 class Scripted:
     """Rounds with known figures in the place of measured ones; `log` has the order of what was done."""
 
@@ -243,6 +247,8 @@ class Scripted:
     def time_round(self, model: Any, one: bench.Setting) -> tuple[bench._Round, torch.Tensor]:
         self.log.append(f"{one.attn} {one.prompt}")
         ms = next(self.ms[one.attn, one.prompt])
+        if ms == INTERRUPT:
+            raise KeyboardInterrupt
         if ms < 0:
             raise torch.OutOfMemoryError("tried to allocate 99 GiB")
         same = torch.arange(2)[:, None] if one.attn == "flash_mla" else torch.zeros(2, 1, dtype=torch.long)
@@ -264,7 +270,7 @@ def test_rows_are_medians_of_rounds_taken_in_turns(monkeypatch: pytest.MonkeyPat
     assert (native.decode_ms, native.decode_spread_ms) == (6.0, 3.0)
     assert (ours.identical_rows, native.identical_rows) == (None, 1)
     assert failed == {}
-    assert lines == ["flash_mla, prompt 64: 5.000 ms/token", "sdpa, prompt 64: 6.000 ms/token"]
+    assert lines == ["flash_mla, batch 2, prompt 64: 5.000 ms/token", "sdpa, batch 2, prompt 64: 6.000 ms/token"]
 
 
 def test_static_rounds_follow_each_other_and_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,15 +283,57 @@ def test_static_rounds_follow_each_other_and_compile_once(monkeypatch: pytest.Mo
     assert script.log == expected
 
 
+def test_batches_and_pages_are_measured_one_work_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Scripted(monkeypatch, {("flash_mla", 64): [4.0, 5.0, 6.0, 7.0], ("sdpa", 64): [8.0, 9.0]})
+    settings = [
+        setting(prompt=64, batch=batch, attn=attn, cache="static", cache_dtype=cache_dtype)
+        for batch in (4, 1)
+        for attn, cache_dtype in (("flash_mla", None), ("flash_mla", "fp8"), ("sdpa", None))
+    ]
+    lines: list[str] = []
+    rows, failed = bench.measure(script.model, settings, report=lines.append)
+    assert failed == {}
+    # Graphs of another batch, or of other rows, are forgotten first.
+    ours = ["afresh", "warm flash_mla 64", "flash_mla 64"]
+    assert script.log == [*ours, *ours, "afresh", "warm sdpa 64", "sdpa 64"] * 2
+    assert [(row.batch, row.cache_dtype, row.decode_ms) for row in rows] == [
+        (4, None, 4.0), (4, "fp8", 5.0), (4, None, 8.0), (1, None, 6.0), (1, "fp8", 7.0), (1, None, 9.0)
+    ]  # fmt: skip
+    assert lines[1] == "flash_mla fp8, batch 4, prompt 64: 5.000 ms/token"
+    assert [row.identical_rows for row in rows] == [None, 2, 1] * 2
+
+
 def test_what_does_not_fit_is_named_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {("flash_mla", 64): [4.0] * 2, ("sdpa", 64): [5.0] * 2}
     script = Scripted(monkeypatch, {**figures, ("flash_mla", 128): [4.0] * 2, ("sdpa", 128): [5.0, -1.0]})
     settings = [setting(prompt=p, attn=attn) for p in (64, 128) for attn in ("flash_mla", "sdpa")]
     rows, failed = bench.measure(script.model, settings, rounds=2, report=lambda line: None)
     assert [(row.attn, row.prompt) for row in rows] == [("flash_mla", 64), ("sdpa", 64), ("flash_mla", 128)]
-    assert failed == {"sdpa, prompt 128": "tried to allocate 99 GiB"}
+    assert failed == {"sdpa, batch 2, prompt 128": "tried to allocate 99 GiB"}
     last = compare([row.to_json() for row in rows], "sdpa")[-1]
     assert (last["ratio"], last["context_ms"]) == (None, 0.0)
+
+
+def test_an_interrupted_run_reports_what_has_all_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {("flash_mla", 64): [4.0] * 2, ("sdpa", 64): [5.0] * 2, ("flash_mla", 128): [4.0], ("sdpa", 128): [5.0]}
+    script = Scripted(monkeypatch, {**figures, ("sdpa", 128): [INTERRUPT]})
+    monkeypatch.delattr(bench, "profile_generate")
+    settings = [setting(prompt=p, attn=attn) for p in (64, 128, 256) for attn in ("flash_mla", "sdpa")]
+    moved: list[int] = []
+    rows, failed = bench.measure(
+        script.model,
+        settings,
+        rounds=2,
+        profile=True,
+        report=lambda line: None,
+        progress=lambda done, total: moved.append(done),
+    )
+    assert [(row.attn, row.prompt, row.rounds) for row in rows] == [("flash_mla", 64, 2), ("sdpa", 64, 2)]
+    # Those of 128 have one round at most, and rounds are compared one by one.
+    names = [f"{attn}, batch 2, prompt {p}" for p in (128, 256) for attn in ("flash_mla", "sdpa")]
+    assert {name: failed[name] for name in names} == failed == dict.fromkeys(names, "interrupted")
+    assert script.log[-2:] == ["warm sdpa 128", "sdpa 128"]
+    assert moved == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_profiles_come_after_all_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +361,7 @@ def test_context_cost_and_ratio() -> None:
     def row(attn: str, prompt: int, rounds: list[float]) -> dict[str, Any]:
         ms = sorted(rounds)[1]
         return {
-            "attn": attn, "prompt": prompt, "decode_ms": ms, "round_ms": rounds,
+            "attn": attn, "batch": 2, "prompt": prompt, "decode_ms": ms, "round_ms": rounds,
             "decode_spread_ms": max(rounds) - min(rounds),
         }  # fmt: skip
 
@@ -334,6 +382,26 @@ def test_context_cost_and_ratio() -> None:
     alone = compare(rows[:1], None)[0]
     assert (alone["ratio"], alone["ratio_spread"], alone["context_ms"]) == (None, None, 0.0)
     assert compare([], None) == []
+
+
+def test_rows_of_other_batches_and_of_fp8_pages_are_not_compared() -> None:
+    def row(attn: str, batch: int, prompt: int, ms: float, **more: str) -> dict[str, Any]:
+        figures = {"decode_ms": ms, "round_ms": [ms], "decode_spread_ms": 0.0}
+        return {"attn": attn, "batch": batch, "prompt": prompt, **figures, **more}
+
+    rows = [
+        row("sdpa", 1, 64, 10.0),
+        row("flash_mla", 1, 64, 5.0),
+        row("flash_mla", 1, 64, 6.0, cache_dtype="fp8"),
+        row("flash_mla", 8, 64, 7.0),
+        row("sdpa", 8, 64, 20.0),
+        row("flash_mla", 8, 4096, 9.5),
+        row("flash_mla", 8, 4096, 8.5, cache_dtype="fp8"),
+    ]
+    found = compare(rows, "sdpa")
+    assert [one["ratio"] for one in found] == [1.0, 0.5, 0.6, 0.35, 1.0, None, None]
+    # FP8 pages of batch 8 were not measured at the shortest prompt.
+    assert [one["context_ms"] for one in found] == [0.0, 0.0, 0.0, 0.0, 0.0, 2.5, None]
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -437,6 +505,13 @@ def test_a_capture_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+MADE = {
+    "device": "NVIDIA H200",
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+}
+
+
 def report_of(*peaks: float | None) -> dict[str, Any]:
     rows = [
         {
@@ -447,7 +522,7 @@ def report_of(*peaks: float | None) -> dict[str, Any]:
             [("flash_mla", 4096, 8.0), ("sdpa", 4096, 40.0), ("flash_mla", 64, 4.0)], peaks, strict=True
         )
     ]  # fmt: skip
-    return {"device": "NVIDIA H200", "rows": rows}
+    return {**MADE, "rows": rows}
 
 
 def test_curves_are_by_attention_in_order_of_context() -> None:
@@ -463,7 +538,106 @@ def test_pictures_of_a_report(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in written)
     assert plots.draw_generate(report_of(None, None, None), tmp_path / "folder") == [tmp_path / "folder" / "tokens.png"]
     with pytest.raises(ValueError, match="needs a report of"):
-        plots.draw_generate({"device": "x", "rows": [{"graph_ms": 1.0}]}, tmp_path)
+        plots.draw_generate({**MADE, "rows": [{"graph_ms": 1.0}]}, tmp_path)
+
+
+def batches_of(*points: tuple[str, int, int, float], **more: Any) -> dict[str, Any]:
+    """A report of (way, batch, prompt, ms)."""
+    rows = []
+    for way, batch, prompt, ms in points:
+        attn, _, cache_dtype = way.partition(" ")
+        rows.append(
+            {
+                "model": "tiny", "dtype": "bfloat16", "cache": "static", "batch": batch, "attn": attn, "prompt": prompt,
+                "decode_ms": ms, "peak_GiB": None, "cache_dtype": cache_dtype or None,
+            }
+        )  # fmt: skip
+    return {**MADE, "rows": rows, **more}
+
+
+SWEEP = (
+    ("flash_mla", 16, 4096, 9.0),
+    ("sdpa", 16, 4096, 50.0),
+    ("flash_mla", 1, 4096, 6.0),
+    ("sdpa", 1, 4096, 8.0),
+    ("flash_mla fp8", 1, 4096, 7.0),
+)
+
+
+def test_time_per_token_against_batch() -> None:
+    found = plots.batch_curves(batches_of(*SWEEP)["rows"])
+    assert found == {
+        "flash_mla": [(1, 6.0), (16, 9.0)],  # milliseconds of the step, not divided by its rows
+        "sdpa": [(1, 8.0), (16, 50.0)],
+        "flash_mla fp8": [(1, 7.0)],
+    }
+    assert list(found) == ["flash_mla", "sdpa", "flash_mla fp8"]
+    both = [*SWEEP, ("flash_mla", 16, 64, 5.0), ("flash_mla", 1, 64, 4.0)]
+    assert plots.batch_curves(batches_of(*both)["rows"]) == {
+        "flash_mla, context 64": [(1, 4.0), (16, 5.0)],
+        "flash_mla, context 4,096": [(1, 6.0), (16, 9.0)],
+        "sdpa, context 4,096": [(1, 8.0), (16, 50.0)],
+        "flash_mla fp8, context 4,096": [(1, 7.0)],
+    }
+    speed, _ = plots.curves(batches_of(*both)["rows"])
+    assert speed["flash_mla, batch 16"] == [(64, 3200.0), (4096, pytest.approx(1777.8, rel=1e-4))]
+    assert speed["flash_mla fp8, batch 1"] == [(4096, pytest.approx(142.86, rel=1e-4))]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The axes of each picture, by the name of its file."""
+    found: dict[str, Any] = {}
+    write = plots._write
+
+    def noting(figure: Any, axes: Any, path: Path) -> Path:
+        found[path.name] = axes
+        return write(figure, axes, path)
+
+    monkeypatch.setattr(plots, "_write", noting)
+    return found
+
+
+def test_picture_of_several_batches(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    written = plots.draw_generate(batches_of(*SWEEP), tmp_path / "run.png")
+    assert written == [tmp_path / "run-batch.png"], "one context: nothing to draw against it"
+    assert written[0].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    (axes,) = drawn.values()
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {"flash_mla": ([1, 16], [6, 9]), "sdpa": ([1, 16], [8, 50]), "flash_mla fp8": ([1], [7])}
+    assert "ms/token" in axes.get_ylabel()
+    assert "batch" in axes.get_xlabel()
+    title = axes.get_title(loc="left")
+    for part in ("tiny", "bfloat16", "static", "context 4,096", "H200", "torch 2.11.0", "5.17.0", "2026-01-02"):
+        assert part in title, part
+
+
+def test_of_several_batches_and_contexts_colour_is_attention_and_line_is_the_other(
+    tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    report = batches_of(*SWEEP, ("flash_mla", 16, 64, 5.0), ("flash_mla", 1, 64, 4.0))
+    assert [path.name for path in plots.draw_generate(report, tmp_path)] == ["tokens.png", "batch.png"]
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in drawn["batch.png"].get_lines()}
+    assert looks["flash_mla, context 64"][0] == looks["flash_mla, context 4,096"][0]
+    assert len({colour for colour, _ in looks.values()}) == 3
+    assert len({style for _, style in looks.values()}) == 2
+    assert len({*looks.values()}) == len(looks) == 4
+
+
+def test_reports_are_joined_only_if_their_figures_belong_together() -> None:
+    one, other = batches_of(*SWEEP[:2]), batches_of(*SWEEP[2:])
+    joined = plots.join([one, other])
+    assert joined["rows"] == batches_of(*SWEEP)["rows"]
+    assert (joined["device"], joined["date"]) == (MADE["device"], MADE["date"])
+    with pytest.raises(ValueError, match="needs one row of sdpa, batch 1, prompt 4096, got two: in reports 2 and 3"):
+        plots.join([one, other, batches_of(SWEEP[3])])
+    with pytest.raises(ValueError, match="needs one device, got 'NVIDIA H200' and 'a CPU'"):
+        plots.join([one, {**other, "device": "a CPU"}])
+    with pytest.raises(ValueError, match=r"needs one torch, got '2\.11\.0' and '2\.13\.0'"):
+        plots.join([one, {**other, "versions": {**MADE["versions"], "torch": "2.13.0"}}])
+    for name in ("model", "dtype", "cache"):
+        with pytest.raises(ValueError, match=f"needs one {name}, got"):
+            plots.join([one, {**other, "rows": [{**row, name: "other"} for row in other["rows"]]}])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -493,6 +667,73 @@ def test_command_measures_several_contexts(tmp_path: Path) -> None:
     assert "prompt 100: 1 of 1 rows have identical tokens" in text
 
 
+def test_command_measures_several_batches_and_fp8_pages(tmp_path: Path) -> None:
+    flags = ("--batch", "3,1", "--prompt", 20, "--new-tokens", 4, "--baseline", "sdpa", "--fp8", "--device", "cpu")
+    text = command(*flags, "--plot", tmp_path / "plots", "--out", tmp_path / "run.json")
+    report = json.loads((tmp_path / "run.json").read_text())
+    rows = report["rows"]
+    ways = [("flash_mla", None), ("sdpa", None), ("flash_mla", "fp8")]
+    assert [(row["batch"], row["attn"], row["cache_dtype"]) for row in rows] == [
+        (batch, *way) for batch in (3, 1) for way in ways
+    ]
+    ours, native, fp8 = rows[:3]
+    # 208 of 320 bytes a row where pages are of bf16; the CPU's are of fp32.
+    assert fp8["cache_bytes"] / ours["cache_bytes"] == 208 / 640
+    assert ours["backends"] == fp8["backends"] == {"append torch": 3 * 4, "decode torch": 3 * 3}
+    assert native["paths"] == {}
+    assert [row["ratio"] for row in rows[1::3]] == [1, 1]
+    assert ours["ratio"] == pytest.approx(ours["decode_ms"] / native["decode_ms"], abs=1e-4)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["batch.png"]
+    assert "batch 3, 1," in text
+    assert "sdpa, batch 3, prompt 20: 3 of 3 rows have identical tokens to flash_mla's" in text
+    assert re.search(r"flash_mla fp8, batch 1, prompt 20: \d of 1 rows have identical tokens", text)
+    assert "flash_mla fp8, batch 1, prompt 20: deepseek_v2 prefill 3" in text
+    assert re.search(r"┃ batch +┃ prompt +┃ attn +┃(.|\n)*│ 3 +│ 20 +│ flash_mla fp8 │", text)
+    again = command_plot(tmp_path / "run.json", "--out", tmp_path / "again.png")
+    assert again.split() == ["wrote", str(tmp_path / "again-batch.png")]
+
+
+def test_fp8_pages_that_a_model_cannot_have_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(NAMED, "tiny", ("deepseek_v2", {**NAMED["tiny"][1], "kv_lora_rank": 96}))
+    monkeypatch.delattr(bench, "measure")
+    text = command("--fp8", "--device", "cpu", code=1)
+    assert text.strip() == "ValueError: flash_mla: an FP8 cache needs a kv_lora_rank that 128 divides, got 96"
+
+
+def command_plot(*flags: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", "plot", *map(str, flags)])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output
+
+
+def test_a_committed_report_is_drawn_and_others_are_refused(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    files = [results / "h200_v2_b16_p4096_static.json", results / "h200_v2_b1_p32768_static.json"]
+    found = json.loads(command_plot(*files, "--out", tmp_path, "--json"))
+    names = ["tokens.png", "memory.png", "batch.png"]
+    assert found == {"reports": list(map(str, files)), "written": [str(tmp_path / name) for name in names]}
+    line = next(line for line in drawn["batch.png"].get_lines() if line.get_label() == "flash_mla, context 64")
+    assert list(line.get_xdata()) == [1, 16]
+    for name in ("h200_kernel_cuda.json", "serve_load.json"):
+        text = command_plot(results / name, "--out", tmp_path, code=1)
+        assert f"{results / name} must be JSON of `flash-mla bench generate`, with rows: it is about '" in text
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert "it is not JSON" in command_plot(broken, "--out", tmp_path, code=1)
+
+
+def test_command_measures_layers_of_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = layer.time_layer
+    monkeypatch.setattr(layer, "time_layer", lambda **options: original(**options, steps=2))
+    flags = ("--model", "v3-layer", "--num-heads", 2, "--hidden-size", 32, "--prompt", 40, "--batch", "2,1")
+    command(*flags, "--device", "cpu", "--out", tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("layer-h2-b2-1-k40-")
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [2, 1]
+
+
 def test_layers_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = layer.time_layer
 
@@ -506,8 +747,8 @@ def test_layers_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     text = command(*flags, "--device", "cpu", "--out", tmp_path / "run.json", code=1)
     report = json.loads((tmp_path / "run.json").read_text())
     assert [row["attn"] for row in report["rows"]] == ["flash_mla"]
-    assert report["not_measured"] == {"sdpa, prompt 40": "tried to allocate 99 GiB"}
-    assert "not measured: sdpa, prompt 40: tried to allocate 99 GiB" in text
+    assert report["not_measured"] == {"sdpa, batch 1, prompt 40": "tried to allocate 99 GiB"}
+    assert "not measured: sdpa, batch 1, prompt 40: tried to allocate 99 GiB" in text
 
 
 def test_turns_can_be_asked_for(tmp_path: Path) -> None:
@@ -533,6 +774,14 @@ def test_without_rounds_and_baseline_the_table_has_no_such_columns() -> None:
 def test_command_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("64,", "0", "64,64", "1k", "-5"):
         assert f"got '{text}'" in command("--prompt", text, code=2)
+    for text in ("2,2", "0", "many"):
+        assert f"different numbers of rows >= 1 with commas between, got '{text}'" in " ".join(
+            command("--batch", text, code=2).replace("│", " ").split()
+        )
+    assert "got v3-layer" in command("--model", "v3-layer", "--fp8", code=2)
+    assert "for flash_mla on a model, got sdpa, eager" in " ".join(
+        command("--attn", "sdpa", "--baseline", "eager", "--fp8", code=2).replace("│", " ").split()
+    )
     assert "records a GPU, got the device cpu" in command("--profile", "--device", "cpu", code=2)
     assert "got v3-layer" in command("--model", "v3-layer", "--plot", tmp_path, code=2)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from flash_mla import _build, ops
@@ -22,6 +25,7 @@ from flash_mla.bench import layer as bench_layer
 from flash_mla.bench import shapes as bench_shapes
 from flash_mla.cli.app import app
 from flash_mla.cli.env import others_named_flash_mla, problems
+from flash_mla.cli.progress import bars
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-deepseek-v3"
@@ -335,6 +339,41 @@ def test_a_bar_is_drawn_for_a_person_and_not_beside_json(
         assert ended.value.code == 0
         drawn = terminal.drawn()
         assert (f"{name} " in drawn and "━" in drawn) != as_json, drawn
+
+
+def test_a_bar_says_how_far_it_is_at_once_and_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    threads = threading.active_count()
+    with bars(False, during_measurement=True) as step:
+        step("runs", 0, 3)
+        assert "0/3" in terminal.drawn()
+        step("runs", 2, 3)
+        assert "2/3" in terminal.drawn()
+        assert threading.active_count() == threads, "nobody redraws while something is measured"
+    assert terminal.drawn().endswith("\x1b[2K"), "the line is erased"
+    with bars(False):
+        assert threading.active_count() == threads + 1
+
+
+@pytest.mark.parametrize(
+    ("quiet", "is_terminal", "off"), [(False, True, False), (True, True, True), (False, False, True)]
+)
+def test_without_bars_transformers_has_none_either_until_the_end(
+    quiet: bool, is_terminal: bool, off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal.stream if is_terminal else io.StringIO())
+    transformers.utils.logging.enable_progress_bar()
+    with bars(quiet) as step:
+        step("runs", 1, 2)
+        assert transformers.utils.logging.is_progress_bar_enabled() != off
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert ("runs" in terminal.drawn()) != off
+    if not is_terminal:
+        assert sys.stderr.getvalue() == ""
 
 
 @pytest.mark.usefixtures("definition_only")

@@ -67,12 +67,43 @@ def test_dollars_of_a_row_by_hand(tmp_path: Path) -> None:
 
 def test_native_stands_beside_ours_where_both_did_the_same_work(tmp_path: Path) -> None:
     native = {**ROW, "attn": "sdpa", "decode_ms": 50.0, "tokens_per_s": 25.0, "ttft_s": 2.5}
-    others = [{**native, name: value} for name, value in (("prompt", 2000), ("batch", 2), ("cache", "static"))]
+    other = {"model": "org/b", "cache": "static", "dtype": "float16", "batch": 2, "prompt": 2000, "new_tokens": 51}
+    others = [{**native, "decode_ms": 99.0, name: value} for name, value in other.items()]
     rows = found(written(tmp_path, *others, ROW, native, {**ROW, "prompt": 3000}), "--price-per-hour", 4)
-    ours = rows[3]["over_native"]
+    ours = rows[6]["over_native"]
     assert ours == {"attn": "sdpa", **{name: pytest.approx(ours[name]) for name in ours if name != "attn"}}
     assert [ours[name] for name in ("prompt", "decode", "generated", "blended")] == pytest.approx([0.8, 0.4, 0.5, 0.5])
-    assert [row["over_native"] for row in rows if row is not rows[3]] == [None] * 5
+    assert [row["over_native"] for row in rows if row is not rows[6]] == [None] * 8
+
+
+def test_fp8_pages_have_a_name_and_stand_beside_native_too(tmp_path: Path) -> None:
+    file = written(tmp_path, {**ROW, "cache_dtype": "fp8"}, {**ROW, "attn": "sdpa", "decode_ms": 50.0}, ROW)
+    fp8, native, ours = found(file, "--price-per-hour", 4)
+    assert [row["cache_dtype"] for row in (fp8, native, ours)] == ["fp8", None, None]
+    assert fp8["over_native"]["decode"] == ours["over_native"]["decode"] == pytest.approx(0.4)
+    assert "│ flash_mla fp8 │" in run(file, "--price-per-hour", 4).stdout
+
+
+def test_each_figure_stands_below_its_name(tmp_path: Path) -> None:
+    native = {**ROW, "attn": "sdpa", "decode_ms": 50.0, "tokens_per_s": 25.0}
+    file = written(tmp_path, {**ROW, "model": "/a/folder/checkpoint"}, {**native, "model": "/a/folder/checkpoint"})
+    text = run(file, "--price-per-hour", 3.6).stdout
+    (heading,) = (line for line in text.splitlines() if "┃" in line)
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    ours, theirs = (
+        dict(
+            zip(
+                *([cell.strip() for cell in one.strip("┃│ ").replace("┃", "│").split("│")] for one in pair), strict=True
+            )
+        )
+        for pair in ((heading, line) for line in lines)
+    )
+    assert ours == {
+        "model": "checkpoint", "attn": "flash_mla", "cache": "dynamic", "batch": "4", "prompt tokens": "1000",
+        "new tokens": "50", "prompt": "0.5", "decode": "5", "generated": "20", "blended": "0.9524",
+        "decode / native": "0.400", "generated / native": "0.500",
+    }  # fmt: skip
+    assert (theirs["decode"], theirs["decode / native"], theirs["generated / native"]) == ("12.5", "-", "-")
 
 
 def test_table_of_a_report_that_was_measured() -> None:

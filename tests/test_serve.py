@@ -7,6 +7,7 @@ is no JSON; options that hand a client more than a request; `/ping` that is read
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+import transformers
 from emf_rules import assert_is_emf
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
@@ -35,6 +38,7 @@ from typer.testing import CliRunner
 from flash_mla import ops
 from flash_mla.backends import torch as definition
 from flash_mla.cli.app import app
+from flash_mla.codec import row_layout
 from flash_mla.contract import UnsupportedError
 from flash_mla.serving import gate, serve
 from flash_mla.serving.gate import Ticket
@@ -450,6 +454,76 @@ def test_a_chunked_body_is_counted_too(server: Running) -> None:
         assert connection.getresponse().status == 413
 
 
+def received(max_body: int, chunk: bytes, number: int) -> tuple[int, int, bytes]:
+    """Of a body of `number` chunks: the answer's status, the most bytes held meanwhile, what the application got."""
+    left, sent, passed, held = number, [], [], []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        passed.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        if left == 0:
+            await asyncio.sleep(PATIENCE)
+        left -= 1
+        if left % 64 == 0:
+            held.append(tracemalloc.get_traced_memory()[0])
+        # A new object each time, as a server makes them.
+        return {"type": "http.request", "body": bytes(bytearray(chunk)), "more_body": left > 0}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    guarded = gate.Gate(application, Metrics(), api_key=None, max_body=max_body, timeout=PATIENCE)
+    tracemalloc.start()
+    begin = tracemalloc.get_traced_memory()[0]
+    try:
+        asyncio.run(guarded({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
+    finally:
+        tracemalloc.stop()
+    return sent[0]["status"], max(held) - begin, b"".join(passed)
+
+
+@pytest.mark.parametrize("size", [2, 4096])
+def test_a_body_takes_its_bytes_and_one_over_the_limit_none(size: int) -> None:
+    limit, chunk = 1 << 15, b"x" * size
+    # A quarter more than its bytes, however small the pieces in which it comes.
+    status, held, passed = received(limit, chunk, limit // size)
+    assert (status, passed) == (200, b"x" * limit)
+    assert held < 1.25 * limit + 2**16
+    status, held, passed = received(limit, chunk, 2 * limit // size)
+    assert (status, passed) == (413, b"")
+    assert held < 1.25 * limit + 2**16
+
+
+def test_of_a_body_over_the_limit_nothing_is_kept() -> None:
+    limit = 1 << 18
+    # One chunk over the limit, then small ones: what is held at the end, once the limit is far behind.
+    left, held = 100, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        left -= 1
+        held.append(tracemalloc.get_traced_memory()[0])
+        return {"type": "http.request", "body": bytes(limit if left > 97 else 1), "more_body": left > 0}
+
+    async def read() -> None:
+        guarded = gate.Gate(None, Metrics(), api_key=None, max_body=limit, timeout=PATIENCE)
+        with pytest.raises(gate._Refused) as refused:
+            await guarded._body(receive)
+        assert refused.value.message == f"the body must be at most {limit} bytes, got {2 * limit + 98}"
+
+    tracemalloc.start()
+    try:
+        asyncio.run(read())
+    finally:
+        tracemalloc.stop()
+    assert held[1] - held[0] > limit, "the first chunk, which is all that is allowed, is kept"
+    assert held[-1] - held[0] < limit / 4
+
+
 def test_a_slow_client_keeps_nobody_waiting(server: Running) -> None:
     slow = socket.create_connection(("127.0.0.1", server.port))
     with contextlib.closing(slow):
@@ -658,6 +732,64 @@ def test_a_checkpoint_that_cannot_be_served_is_an_error_and_no_server(tmp_path: 
     tiny = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
     LlamaForCausalLM(tiny).save_pretrained(tmp_path)
     assert "has no kv_lora_rank" in not_served(tmp_path)
+
+
+@contextlib.contextmanager
+def served_as_json(*flags: object) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A server process with --json, and the object of its first line."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FLASH_MLA_API_KEY": KEY}
+    environment.pop("TRITON_INTERPRET", None)
+    code = "from flash_mla.cli import main; main()"
+    command = ("serve", MODEL, "--port", 0, "--device", "cpu", "--json", *flags)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_json_is_one_line_that_says_what_is_served() -> None:
+    limits = ("--dtype", "float32", "--cache", "fp8", "--block-size", 32, "--max-body", 4096, "--max-waiting", 5)
+    with served_as_json(*limits, "--timeout", 7, "--max-new-tokens", 9) as (process, facts):
+        running = Running(facts["url"])
+        assert running.request("/ping") == (200, {"status": "ok"})
+        assert running.chat(max_tokens=3).usage.completion_tokens == 3
+        pages = running.metrics()["kv_pages_total"]
+        process.terminate()
+        rest, errors = process.communicate(timeout=PATIENCE)
+    assert rest == ""
+    assert KEY not in json.dumps(facts)
+    assert "Loading weights" not in errors, "no bar beside --json"
+    versions = facts.pop("versions")
+    assert versions == {"torch": torch.__version__, "transformers": transformers.__version__}
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", facts.pop("url"))
+    config = json.loads((ROOT / MODEL / "config.json").read_text())
+    ctx = config["max_position_embeddings"]
+    layout = row_layout(config["kv_lora_rank"], config["qk_rope_head_dim"])
+    assert facts.pop("cache_bytes") >= config["num_hidden_layers"] * ctx * layout.row_bytes
+    assert facts == {
+        "ready": True, "model": MODEL, "pid": process.pid, "needs_key": True, "device": "cpu", "dtype": "float32",
+        "cache_dtype": "fp8", "block_size": 32, "kv_pages_total": ctx / 32, "ctx": ctx, "max_new_tokens": 9,
+        "max_body": 4096, "max_waiting": 5, "timeout": 7.0,
+    }  # fmt: skip
+    assert facts["kv_pages_total"] == pages
+
+
+def test_json_leaves_standard_output_empty_where_nothing_can_be_served(tmp_path: Path) -> None:
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "no-such-folder"), "--port", "0", "--json"])
+    assert transformers.utils.logging.is_progress_bar_enabled() == bars
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no-such-folder" in result.stderr
 
 
 def test_without_the_extra_the_error_is_a_pip_line() -> None:

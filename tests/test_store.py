@@ -8,6 +8,7 @@ for this one, half a file under a name that is looked up, a check that reads les
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -499,8 +501,12 @@ FAULTS = {
         "header and tensors must have SHA-256",
     ),
     "another version": (
-        _resealed(lambda header, tensors: header.update(format_version=2)),
-        "format version must be 1, got 2",
+        _resealed(lambda header, tensors: header.update(format_version=3)),
+        "format version must be 2, got 3: delete it, and save the prefix again",
+    ),
+    "the version before": (
+        _resealed(lambda header, tensors: header.update(format_version=1)),
+        "format version must be 2, got 1: delete it, and save the prefix again",
     ),
     "another model in the header": (
         _resealed(lambda header, tensors: header["identity"].update(num_layers=4)),
@@ -554,6 +560,113 @@ def test_a_bad_file_is_refused_and_the_cache_is_as_it_was(model, kind, by_key, t
         left.unlink()
     file.write_bytes(good)
     assert continued(model, document, store.load(document, into=cache)) == cold(model, document)
+
+
+def parts_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: -(-tensor.numel() * tensor.element_size() // (4 << 20)) for name, tensor in tensors.items()}
+
+
+def large_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A file whose tensors have several parts, one that ends with a part, one that has none; what is in it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "layers.0.rows": torch.randint(0, 256, (9001, 1000), dtype=torch.uint8, generator=generator),
+        "layers.1.rows": torch.randint(0, 256, (8, 1 << 20), dtype=torch.uint8, generator=generator).view(
+            torch.bfloat16
+        ),
+        "layers.1.indexer_keys": torch.rand((70, 16), generator=generator),
+        "layers.2.rows": torch.empty((0, 40)),
+    }
+    assert parts_of(tensors) == {
+        "layers.0.rows": 3, "layers.1.rows": 2, "layers.1.indexer_keys": 1, "layers.2.rows": 0
+    }  # fmt: skip
+    prefix_file.write(path, {"key": "k"}, tensors)
+    return prefix_file.read(path, "name")[0], tensors
+
+
+def test_the_digest_is_what_the_format_says(tmp_path, monkeypatch):
+    """Computed once more, by hand, from the sentence in the module's header: files outlive this code."""
+    header, tensors = large_file(tmp_path / "file")
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    whole = json.dumps(rest, sort_keys=True).encode()
+    for name in ("layers.0.rows", "layers.1.indexer_keys", "layers.1.rows", "layers.2.rows"):
+        tensor = tensors[name]
+        whole += f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
+        content = tensor.view(torch.uint8).numpy().tobytes()
+        for begin in range(0, len(content), 4 * 1024 * 1024):
+            whole += hashlib.sha256(content[begin : begin + 4 * 1024 * 1024]).digest()
+    assert header["sha256"] == hashlib.sha256(whole).hexdigest()
+    for threads in (1, 5):
+        monkeypatch.setattr(prefix_file, "_num_threads", lambda threads=threads: threads)
+        assert prefix_file._digest(header, tensors) == header["sha256"]
+
+
+def test_every_part_of_every_tensor_is_looked_at(tmp_path):
+    file = tmp_path / "file"
+    _, tensors = large_file(file)
+    good = file.read_bytes()
+    begin = len(good) - sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def refused(content: bytes) -> None:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="name: header and tensors must have SHA-256"):
+            prefix_file.read(file, "name")
+
+    part = 4 << 20
+    for at in (*range(begin, len(good), part // 2), len(good) - 1):
+        refused(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    # The table of safetensors has the tensor of the largest elements first: the keys, then the rows of layer 1.
+    keys = tensors["layers.1.indexer_keys"].numel() * 4
+    rows = begin + keys
+    assert good[rows : rows + 16] == tensors["layers.1.rows"].view(torch.uint8).numpy().tobytes()[:16]
+    refused(good[:rows] + good[rows + part : rows + 2 * part] + good[rows : rows + part] + good[rows + 2 * part :])
+    file.write_bytes(good)
+    assert prefix_file.read(file, "name")[1].keys() == tensors.keys()
+
+
+def test_parts_are_hashed_at_the_same_time(tmp_path, monkeypatch):
+    together = threading.Barrier(2)
+    hashed = prefix_file._digest_of_part
+    waited: set[int] = set()
+
+    def waits(part):
+        if threading.get_ident() not in waited:  # the first time: for the other thread, if there is one
+            waited.add(threading.get_ident())
+            together.wait(60)
+        return hashed(part)
+
+    monkeypatch.setattr(prefix_file, "_num_threads", lambda: 2)
+    header, tensors = large_file(tmp_path / "file")
+    monkeypatch.setattr(prefix_file, "_digest_of_part", waits)
+    assert prefix_file._digest(header, tensors) == header["sha256"]
+    assert len(waited) == 2
+
+
+def test_threads_are_the_cores_that_this_process_may_use(monkeypatch):
+    for cores, threads in ((1, 1), (3, 3), (64, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert prefix_file._num_threads() == threads
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    for cores, threads in ((None, 1), (8, 8), (64, 16)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert prefix_file._num_threads() == threads
+
+
+def test_a_prefix_of_the_version_before_is_computed_again(model, tmp_path, monkeypatch):
+    document = tokens(DOCUMENT)
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix_file, "FORMAT_VERSION", 1)
+        old = PrefixStore(tmp_path, model)
+        key = old.save(filled(model, document), document)
+    store = PrefixStore(tmp_path, model)
+    assert store.load(document) is None
+    assert [entry.is_own for entry in store.entries()] == [False]
+    with pytest.raises(ValueError, match="format version must be 2, got 1"):
+        store.load(document, key=key)
+    assert store.save(filled(model, document), document) != key
+    assert continued(model, document, store.load(document)) == cold(model, document)
+    store.delete(key)
+    assert [entry.is_own for entry in store.entries()] == [True]
 
 
 def test_a_fault_in_the_middle_leaves_an_empty_cache(model, tmp_path, monkeypatch):
@@ -720,7 +833,7 @@ def test_the_header_says_whose_it_is(tmp_path):
         header = json.loads(opened.metadata()["flash_mla_prefix"])
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     assert shapes == {f"layers.{index}.rows": [130, 40] for index in range(3)}
-    assert (header["format_version"], header["key"], header["num_tokens"]) == (1, key, 130)
+    assert (header["format_version"], header["key"], header["num_tokens"]) == (2, key, 130)
     assert len(header["chain"]) == 2
     assert header["layers"]["2"] == {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "dtype": "float32"}
     of_model = header["identity"]

@@ -1,4 +1,4 @@
-"""How long `generate()` takes, step by step: several prompt lengths and attentions in one process, on one model.
+"""How long `generate()` takes, step by step: several batches, prompts and attentions in one process, on one model.
 
 A figure is wall clock with the device waited for at every token: a run's `decode_ms` is the median of the second half
 of its steps, a row's the median over its rounds, and its spread max - min over them. Under a growing cache nothing is
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from .clock import StepClock, synchronize
+from .context import way_of
 from .device_time import PROFILED_STEPS, StepProfiler, absorb_gemms
 from .memory import cache_bytes, held_bytes, peak_bytes, reset_peak
 
 __all__ = ["GenerateResult", "Setting", "StepClock", "cache_bytes", "measure", "schedule", "time_generate"]
 
 WARMUP_TOKENS = 6  # the first step compiles, the second records a CUDA graph, the third replays it
+INTERRUPTED = "interrupted"
 MIN_PROFILED_TOKENS = 1 + 5 + PROFILED_STEPS  # the first token, as many steps as a warm-up has, and those recorded
 
 
@@ -40,6 +42,7 @@ class Setting:
         batch, prompt, new_tokens: rows, tokens per row, tokens to generate.
         prefill_chunk_size: tokens of the prompt per forward; None: all at once.
         seed: of the token ids.
+        cache_dtype: "fp8" (rows of our pages), or None: as the model computes.
     """
 
     model: str
@@ -50,6 +53,12 @@ class Setting:
     new_tokens: int
     prefill_chunk_size: int | None = None
     seed: int = 0
+    cache_dtype: str | None = None
+
+    @property
+    def way(self) -> str:
+        """Attention and rows of the pages, in words."""
+        return way_of(self.attn, self.cache_dtype)
 
 
 @dataclass
@@ -87,6 +96,7 @@ class GenerateResult:
         backends: launches by "op backend" in the first round; replays of a CUDA graph are not seen.
         step_ms: every decode step of every round.
         identical_rows: rows whose tokens are those of the first attention; None for that one.
+        cache_dtype: of the pages: "fp8"; None: as the model computes.
         device_time: of `bench.device_time`, per step; None where not profiled.
     """
 
@@ -114,6 +124,7 @@ class GenerateResult:
     step_ms: list[list[float]] = field(default_factory=list)
     identical_rows: int | None = None
     device_time: dict[str, Any] | None = None
+    cache_dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a row of a report."""
@@ -168,6 +179,8 @@ def run(model: Any, setting: Setting, clock: StepClock) -> Any:
         options["cache_implementation"] = "static"
     if setting.prefill_chunk_size is not None:
         options["prefill_chunk_size"] = setting.prefill_chunk_size
+    if setting.cache_dtype is not None:
+        options["cache_config"] = {"dtype": setting.cache_dtype}
     clock.start()
     return model.generate(input_ids, stopping_criteria=StoppingCriteriaList([clock]), **options)
 
@@ -250,6 +263,7 @@ def _row(model: Any, setting: Setting, rounds: Sequence[_Round]) -> GenerateResu
         paths=first.paths,
         backends=first.backends,
         step_ms=[one.step_ms for one in rounds],
+        cache_dtype=setting.cache_dtype,
     )
 
 
@@ -291,60 +305,67 @@ def measure(
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[GenerateResult], dict[str, str]]:
-    """All settings on one model: prompt by prompt, of each prompt all attentions; see the module for the order.
+    """All settings on one model: one batch and prompt after the other, of each all attentions, in the module's order.
 
     Args:
         model: a loaded model on one device.
-        settings: equal but for prompt and attention; those of one prompt are measured together.
+        settings: equal but for batch, prompt, attention and cache_dtype; those of one batch and prompt are measured
+            together.
         rounds: runs of each setting.
         in_turns: whether the attentions take turns; None: under a growing cache.
         warmup: generate a few tokens of the same shape before the first round of each.
         profile: once all is measured, run each setting again and record `PROFILED_STEPS` late steps of the device.
         report: takes a line as each setting is done.
         progress: takes the runs that are over and all of them, before the first and after each; never during one.
-    Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice.
+    Returns: a row per setting, in their order; and by name of the setting why it has none: memory did not suffice,
+        or SIGINT (Ctrl-C) came before its last round was over.
     """
     rows: dict[Setting, GenerateResult] = {}
     failed: dict[str, str] = {}
-    num_runs, total = 0, len(settings) * rounds
+    num_runs, total, interrupted = 0, len(settings) * rounds, False
     progress(num_runs, total)
-    for prompt in dict.fromkeys(setting.prompt for setting in settings):
-        by_attn = {setting.attn: setting for setting in settings if setting.prompt == prompt}
+    for work in dict.fromkeys((setting.batch, setting.prompt) for setting in settings):
+        by_way = {setting.way: setting for setting in settings if (setting.batch, setting.prompt) == work}
         turns = settings[0].cache == "dynamic" if in_turns is None else in_turns
-        done: dict[str, list[_Round]] = {attn: [] for attn in by_attn}
+        done: dict[str, list[_Round]] = {way: [] for way in by_way}
         tokens: dict[str, torch.Tensor] = {}
-        for attn, afresh in schedule(list(by_attn), rounds, turns):
-            setting = by_attn[attn]
+        for way, afresh in schedule(list(by_way), rounds, turns):
+            setting = by_way[way]
             num_runs += 1
             if _name(setting) in failed:
                 continue
-            if afresh:
-                start_afresh(model)
+            if interrupted:
+                failed[_name(setting)] = INTERRUPTED
+                continue
             try:
-                if warmup and not done[attn]:
+                if afresh:
+                    start_afresh(model)
+                if warmup and not done[way]:
                     warm_up(model, setting)
-                one, tokens[attn] = time_round(model, setting)
-                done[attn].append(one)
+                one, tokens[way] = time_round(model, setting)
+                done[way].append(one)
             except torch.OutOfMemoryError as error:
                 failed[_name(setting)] = str(error)
+            except KeyboardInterrupt:  # minutes have been spent: what has all its rounds is reported
+                failed[_name(setting)], interrupted = INTERRUPTED, True
             progress(num_runs, total)
-        for attn, setting in by_attn.items():
+        for way, setting in by_way.items():
             if _name(setting) in failed:
                 continue
-            row = rows[setting] = _row(model, setting, done[attn])
-            reference = next(iter(by_attn))
-            if attn != reference and reference in tokens:
-                row.identical_rows = int((tokens[attn] == tokens[reference]).all(dim=1).sum())
+            row = rows[setting] = _row(model, setting, done[way])
+            reference = next(iter(by_way))
+            if way != reference and reference in tokens:
+                row.identical_rows = int((tokens[way] == tokens[reference]).all(dim=1).sum())
             report(f"{_name(setting)}: {row.decode_ms:.3f} ms/token")
     # Afterwards: what the profiler leaves in the driver makes later launches dearer.
-    if profile:
+    if profile and not interrupted:
         for setting, row in rows.items():
             row.device_time = profile_generate(model, setting)
     return [rows[setting] for setting in settings if setting in rows], failed
 
 
 def _name(setting: Setting) -> str:
-    return f"{setting.attn}, prompt {setting.prompt}"
+    return f"{setting.way}, batch {setting.batch}, prompt {setting.prompt}"
 
 
 def start_afresh(model: Any) -> None:

@@ -10,7 +10,13 @@ Tensors, one row per token, position 0 first:
 
 The header is JSON under `flash_mla_prefix` in the file's metadata: `format_version`, `key`, `num_tokens`, `chain`,
 `identity` (of the model), `layers` (kv_lora_rank, qk_rope_head_dim and dtype of each), `written_by` (versions; not
-compared), and `sha256` over the rest of the header and all tensors. That finds accidents; it is no signature.
+compared), and `sha256`. That finds accidents; it is no signature. It is taken over the rest of the header, and then for
+each tensor, in the order of names, over `name dtype shape;` and the SHA-256 (32 bytes) of every 4 MiB of it, the last
+part being what is left. The parts are hashed on all cores: one core with SHA instructions takes 0.58 s for the 972 MiB
+of 32,768 tokens of DeepSeek-V2-Lite, which an H200 computes in 0.8 s.
+
+Version 1 had the tensors themselves in the place of their parts' digests. Its files are refused: their names are hashes
+of the version too, so that no prompt finds one, and a prefix is computed again sooner than a second format is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import hashlib
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,10 +37,12 @@ from .identity import hash_of
 
 __all__ = ["FORMAT_VERSION", "LINK_TOKENS", "TokenChain", "read", "read_header", "write"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LINK_TOKENS = 64  # between two links of a chain: what a prefix that is longer than what fits is cut to
 METADATA_KEY = "flash_mla_prefix"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+PART_BYTES = 4 << 20  # of the format: another size is another version
+MOST_THREADS = 16  # each hashes 1 to 2 GB/s: more would wait for memory
 
 
 class TokenChain:
@@ -77,11 +86,32 @@ class TokenChain:
 def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     rest = {name: value for name, value in header.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    # Parts of all tensors at once; digests come back in order. hashlib lets go of the GIL, and what is mapped from
+    # a file is read from the disk by the thread that hashes it.
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        found = {name: pool.map(_digest_of_part, _parts(tensors[name])) for name in sorted(tensors)}
+        for name, parts in found.items():
+            tensor = tensors[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            for part in parts:
+                digest.update(part)
     return digest.hexdigest()
+
+
+def _num_threads() -> int:
+    """Cores that this process may use, up to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_THREADS)
+
+
+def _parts(tensor: torch.Tensor) -> list[memoryview]:
+    """The bytes of a tensor in pieces of `PART_BYTES`, the last one shorter; none of an empty one."""
+    rows = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return [rows[begin : begin + PART_BYTES] for begin in range(0, len(rows), PART_BYTES)]
+
+
+def _digest_of_part(part: memoryview) -> bytes:
+    return hashlib.sha256(part).digest()
 
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -128,7 +158,9 @@ def read_header(file: BinaryIO, name: str) -> dict[str, Any]:
             f"{name}: must have a JSON header under {METADATA_KEY!r} in its metadata, got {error!r}"
         ) from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{name}: format version must be {FORMAT_VERSION}, got {version!r}")
+        raise ValueError(
+            f"{name}: format version must be {FORMAT_VERSION}, got {version!r}: delete it, and save the prefix again"
+        )
     checked: dict[str, Any] = header
     return checked
 

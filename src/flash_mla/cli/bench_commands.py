@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from .bench_plot import plot as plot_command
 from .bench_prefix import prefix
 from .bench_serve import serve
-from .options import Json, Output, device_of, dtype_of, lengths_of, stop
+from .options import Json, Output, device_of, dtype_of, numbers_of, stop
 from .progress import bars
 from .results import Out, deliver
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine; writes JSON with device, versions and date.")
+bench.command("plot")(plot_command)
 bench.command()(prefix)
 bench.command()(serve)
 
@@ -209,7 +211,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="Hub id, path, or random weights: v2-lite, glm-4.7-flash, minicpm3, v3-layer, tiny.")
     ] = "tiny",
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    batch: Annotated[str, typer.Option(help="Rows, with commas between.")] = "1",
     prompt: Annotated[
         str, typer.Option(help="Tokens per row, with commas between; for v3-layer, tokens in the cache.")
     ] = "1024",
@@ -217,7 +219,10 @@ def generate(
     attn: Annotated[Attention, typer.Option(help="Attention to measure.")] = Attention.flash_mla,
     cache: Annotated[CacheKind, typer.Option(help="Growing, or of fixed capacity and compiled.")] = CacheKind.dynamic,
     baseline: Annotated[Attention | None, typer.Option(help="Measure this attention too, to divide by.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs per attention and prompt; the figure is their median.")] = 1,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Measure flash_mla on pages of FP8 rows too.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Runs per attention, batch and prompt; the figure is their median.")
+    ] = 1,
     turns: Annotated[
         bool | None, typer.Option(help="Attentions take turns, round by round. Default: with a dynamic cache.")
     ] = None,
@@ -234,21 +239,29 @@ def generate(
         bool, typer.Option("--profile", help="Also record us of device time per step by kernel (4 late steps; CUDA).")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw tokens/s and GiB by context: a folder, or a prefix ending in .png.")
+        Path | None,
+        typer.Option(
+            help="Also draw tokens/s and GiB by context, ms/token by batch: a folder, or a prefix ending in .png."
+        ),
     ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time `generate()` step by step by context length: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
+    """Time `generate()` step by step by batch and context: TTFT, ms per token, tokens/s, memory, cache, paths taken."""
     from ..bench import generate as bench_generate
     from ..bench.context import compare
     from ..bench.plots import draw_generate, require_matplotlib
     from ..bench.report import machine
     from ..bench.shapes import build_model
-    from .tables import device_time_table, generate_table, ran
+    from ..codec import row_layout
+    from .tables import device_time_table, generate_table, ran, what
 
-    where, kind, prompts = device_of(device), dtype_of(dtype, device), lengths_of(prompt, "--prompt")
+    where, kind = device_of(device), dtype_of(dtype, device)
+    batches, prompts = numbers_of(batch, "--batch", "rows"), numbers_of(prompt, "--prompt")
     names = [attn.value] + ([baseline.value] if baseline is not None and baseline is not attn else [])
+    if fp8 and (model == "v3-layer" or "flash_mla" not in names):
+        got = model if model == "v3-layer" else ", ".join(names)
+        raise typer.BadParameter(f"is for flash_mla on a model, got {got}", param_hint="--fp8")
     if profile and where.type != "cuda":
         raise typer.BadParameter(f"records a GPU, got the device {where}", param_hint="--profile")
     if profile and model != "v3-layer" and new_tokens < bench_generate.MIN_PROFILED_TOKENS:
@@ -263,12 +276,15 @@ def generate(
             stop(f"ImportError: {error}")
     head = machine(where)
     if model == "v3-layer":
-        _layers(names, prompts, num_heads, batch, where, kind, hidden_size, profile, out, as_json)
+        _layers(names, prompts, num_heads, batches, where, kind, hidden_size, profile, out, as_json)
         return
+    ways = [(name, None) for name in names] + [("flash_mla", "fp8")] * fp8
     settings = [
-        bench_generate.Setting(model, name, cache.value, batch, length, new_tokens, prefill_chunk_size)
-        for length in prompts
-        for name in names
+        bench_generate.Setting(
+            model, name, cache.value, rows, length, new_tokens, prefill_chunk_size, cache_dtype=cache_dtype
+        )
+        for rows, length in itertools.product(batches, prompts)
+        for name, cache_dtype in ways
     ]
     in_turns = cache is CacheKind.dynamic if turns is None else turns
     with bars(as_json, during_measurement=True) as step:
@@ -276,6 +292,12 @@ def generate(
             loaded = build_model(model, dtype=kind, device=where, attn_implementation=names[0])
         except ImportError as error:
             stop(f"ImportError: {error}")
+        if fp8:
+            config = loaded.config.get_text_config(decoder=True)
+            try:
+                row_layout(config.kv_lora_rank, config.qk_rope_head_dim)
+            except (AttributeError, ValueError) as error:
+                stop(f"{type(error).__name__}: {error}")
         if experts is not None:
             loaded.set_experts_implementation(experts)
         results, failed = bench_generate.measure(
@@ -299,7 +321,8 @@ def generate(
         output.say(ran(result))
     for result in results:
         if result.identical_rows is not None:
-            output.say(f"prompt {result.prompt}: {result.identical_rows} of {batch} rows have identical tokens")
+            same = f"{result.identical_rows} of {result.batch} rows have identical tokens"
+            output.say(f"{what(result)}: {same} to {names[0]}'s")
     for name, error_text in failed.items():
         typer.echo(f"not measured: {name}: {error_text}", err=True)
     report = {
@@ -311,7 +334,7 @@ def generate(
         "rows": rows,
         "not_measured": failed,
     }
-    stem = f"generate-{Path(model).name}-b{batch}-p{'-'.join(map(str, prompts))}-{cache.value}"
+    stem = f"generate-{Path(model).name}-b{_joined(batches)}-p{_joined(prompts)}-{cache.value}"
     deliver(report, stem, out, as_json)
     if plot is not None and rows:
         for path in draw_generate(report, plot):
@@ -320,11 +343,15 @@ def generate(
         raise typer.Exit(1)
 
 
+def _joined(numbers: list[int]) -> str:
+    return "-".join(map(str, numbers))
+
+
 def _layers(
     names: list[str],
     prompts: list[int],
     num_heads: int,
-    batch: int,
+    batches: list[int],
     device: torch.device,
     dtype: torch.dtype,
     hidden_size: int,
@@ -339,8 +366,9 @@ def _layers(
     head = machine(device)
     layers, failed = [], dict[str, str]()
     with bars(as_json, during_measurement=True) as step:
-        for number, (length, name) in enumerate(itertools.product(prompts, names)):
-            step("runs", number, len(prompts) * len(names))
+        runs = list(itertools.product(batches, prompts, names))
+        for number, (batch, length, name) in enumerate(runs):
+            step("runs", number, len(runs))
             try:
                 layer = time_layer(
                     attn=name,
@@ -353,7 +381,7 @@ def _layers(
                     profile=profile,
                 )
             except torch.OutOfMemoryError as error:
-                failed[f"{name}, prompt {length}"] = str(error)
+                failed[f"{name}, batch {batch}, prompt {length}"] = str(error)
             else:
                 layers.append(layer)
     output = Output(as_json)
@@ -371,6 +399,6 @@ def _layers(
         "rows": [row.to_json() for row in layers],
         "not_measured": failed,
     }
-    deliver(report, f"layer-h{num_heads}-b{batch}-k{'-'.join(map(str, prompts))}", out, as_json)
+    deliver(report, f"layer-h{num_heads}-b{_joined(batches)}-k{_joined(prompts)}", out, as_json)
     if failed:
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .options import Json, Output, device_of, dtype_of, lengths_of, stop
+from .options import Json, Output, device_of, dtype_of, numbers_of, stop
 from .progress import bars
 from .results import Out, deliver
 
@@ -41,7 +41,7 @@ def prefix(
     from ..cache import PrefixStore
     from .tables import prefix_table
 
-    where, kind, lengths = device_of(device), dtype_of(dtype, device), lengths_of(prefix, "--prefix")
+    where, kind, lengths = device_of(device), dtype_of(dtype, device), numbers_of(prefix, "--prefix")
     if plot is not None and plot.suffix != ".png":
         raise typer.BadParameter(f"must end in .png, got {plot}", param_hint="--plot")
     with tempfile.TemporaryDirectory() as temporary, bars(as_json, during_measurement=True) as step:

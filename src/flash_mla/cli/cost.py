@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..bench.context import way_of_row
 from .tables import new_table
 
 __all__ = ["FIGURES", "cost", "show"]
@@ -64,6 +65,7 @@ def cost(file: Path, price_per_hour: float, utilization: float = 1.0) -> dict[st
         rows.append(
             {
                 **{name: row[name] for name in (*LABELS, *NUMBERS)},
+                "cache_dtype": row.get("cache_dtype"),
                 "wall_s": wall_s,
                 "per_million": {name: value * 1e6 for name, value in per_token.items()},
             }
@@ -137,7 +139,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     for row in found["rows"]:
         counts = (str(row[name]) for name in ("batch", "prompt", "new_tokens"))
-        cells = [Path(row["model"]).name, row["attn"], row["cache"], *counts]
+        cells = [Path(row["model"]).name, way_of_row(row), row["cache"], *counts]
         cells += [f"{row['per_million'][name]:.4g}" for name in FIGURES]
         if compared:
             over = row["over_native"]

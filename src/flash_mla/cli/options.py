@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Json", "Output", "console", "device_of", "dtype_of", "lengths_of", "stop"]
+__all__ = ["Json", "Output", "console", "device_of", "dtype_of", "numbers_of", "stop"]
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable: JSON on standard output and nothing else there.")]
 
@@ -59,14 +59,14 @@ def dtype_of(name: str | None, device: str | None) -> torch.dtype:
     return kind
 
 
-def lengths_of(text: str, option: str) -> list[int]:
-    """Lengths in tokens of an option, in their order.
+def numbers_of(text: str, option: str, what: str = "tokens") -> list[int]:
+    """Numbers of `what` of an option, in their order.
 
-    Raises: typer.BadParameter: not such a list, or a length twice.
+    Raises: typer.BadParameter: not such a list, or a number twice.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts) or len(set(map(int, parts))) < len(parts):
         raise typer.BadParameter(
-            f"must be different numbers of tokens >= 1 with commas between, got {text!r}", param_hint=option
+            f"must be different numbers of {what} >= 1 with commas between, got {text!r}", param_hint=option
         )
     return [int(part) for part in parts]

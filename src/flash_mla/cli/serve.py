@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import transformers
 import typer
 
-from .options import stop
+from .options import Json, stop
 
 __all__ = ["serve"]
 
@@ -58,8 +60,12 @@ def serve(
     continuous_batching: Annotated[
         bool, typer.Option("--continuous-batching", help="Refused, with the reason.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Serve a model over HTTP as OpenAI's API has it, on paged latents; with /metrics and /ping."""
+    """Serve a model over HTTP as OpenAI's API has it, on paged latents; with /metrics and /ping.
+
+    One line on standard output says when requests are answered, with --json as an object: URL, model, pages, limits.
+    """
     if continuous_batching:
         stop(
             "flash-mla serve: --continuous-batching is refused: Transformers' continuous batching stores expanded keys "
@@ -92,10 +98,21 @@ def serve(
     )
     if api_key is None and not _is_loopback(host):
         typer.echo(f"flash-mla serve: {host} is open to the network without --api-key", err=True)
+
+    def ready(url: str) -> None:
+        typer.echo(json.dumps(server.facts(url)) if as_json else f"ready: {model} on {url}")
+
+    loading = transformers.utils.logging.is_progress_bar_enabled()
+    if as_json:
+        transformers.utils.logging.disable_progress_bar()
     try:
-        Server(settings, on_ready=lambda url: typer.echo(f"ready: {model} on {url}")).run()
+        server = Server(settings, on_ready=ready)
+        server.run()
     except (ImportError, OSError, ValueError) as error:
         stop(f"{type(error).__name__}: {error}")
+    finally:
+        if loading:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..bench.context import way_of, way_of_row
 from ..bench.decode_shapes import name_of
 from ..bench.figures import FLAGGED, series_of
 
@@ -25,6 +26,7 @@ __all__ = [
     "prefix_table",
     "ran",
     "rates",
+    "what",
 ]
 
 
@@ -42,27 +44,40 @@ def new_table(title: str, columns: tuple[str, ...], text_columns: int) -> Table:
 def ran(row: GenerateResult | LayerResult) -> str:
     """One line: which of our paths and backends this row used."""
     counts = {**row.paths, **row.backends}
-    return f"{row.attn}, prompt {row.prompt}: " + (
-        ", ".join(f"{name} {count}" for name, count in counts.items()) or "not ours"
-    )
+    return f"{what(row)}: " + (", ".join(f"{name} {count}" for name, count in counts.items()) or "not ours")
+
+
+def what(row: GenerateResult | LayerResult) -> str:
+    """Which row this is."""
+    return f"{way_of(row.attn, getattr(row, 'cache_dtype', None))}, batch {row.batch}, prompt {row.prompt}"
 
 
 def generate_table(rows: list[dict[str, Any]], device: str, baseline: str | None) -> Table:
     """Measured `generate()` calls from `bench.context.compare`; a ratio below 1 is faster than the baseline."""
     first = rows[0]
     several = first["rounds"] > 1
-    columns = ("prompt", "attn", "TTFT s", "ms/token", *(("spread ms",) * several), "tokens/s")
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    columns = (
+        *(("batch",) * (len(batches) > 1)),
+        "prompt",
+        "attn",
+        "TTFT s",
+        "ms/token",
+        *(("spread ms",) * several),
+        "tokens/s",
+    )
     columns += ("peak GiB", "decode peak GiB", "cache GiB")
     columns += ("/ baseline", *(("spread",) * several)) * (baseline is not None)
     columns += ("context ms", *(("+-",) * several))
     table = new_table(
-        f"{first['model']}: batch {first['batch']}, {first['new_tokens']} new tokens, {first['cache']} cache, "
-        f"{first['dtype']}, {device}",
+        f"{first['model']}: batch {', '.join(map(str, batches))}, {first['new_tokens']} new tokens, "
+        f"{first['cache']} cache, {first['dtype']}, {device}",
         columns,
-        2,
+        2 + (len(batches) > 1),
     )
     for row in rows:
-        cells = [str(row["prompt"]), row["attn"], f"{row['ttft_s']:.3f}", f"{row['decode_ms']:.2f}"]
+        cells = [str(row["batch"])] * (len(batches) > 1)
+        cells += [str(row["prompt"]), way_of_row(row), f"{row['ttft_s']:.3f}", f"{row['decode_ms']:.2f}"]
         cells += [f"{row['decode_spread_ms']:.2f}"] * several + [f"{row['tokens_per_s']:.1f}"]
         cells += [_number(row["peak_GiB"], 2), _number(row["decode_peak_GiB"], 2), f"{row['pages_GiB']:.3g}"]
         if baseline is not None:
@@ -103,13 +118,13 @@ def layer_table(rows: list[LayerResult], device: str) -> Table:
     """Measured decode steps of one attention layer."""
     first = rows[0]
     table = new_table(
-        f"DeepseekV3Attention, {first.num_heads} heads: batch {first.batch}, {first.dtype}, {device}",
-        ("context", "attn", "ms/step", "ms/step in a CUDA graph", "peak MiB"),
-        2,
+        f"DeepseekV3Attention, {first.num_heads} heads: {first.dtype}, {device}",
+        ("batch", "context", "attn", "ms/step", "ms/step in a CUDA graph", "peak MiB"),
+        3,
     )
     for row in rows:
         graph = row.graph_reason if row.graph_ms is None else f"{row.graph_ms:.3f}"
-        table.add_row(str(row.seqlen_k), row.attn, f"{row.ms:.3f}", graph, _number(row.peak_MiB, 1))
+        table.add_row(str(row.batch), str(row.seqlen_k), row.attn, f"{row.ms:.3f}", graph, _number(row.peak_MiB, 1))
     return table
 
 
@@ -117,7 +132,7 @@ def device_time_table(rows: list[GenerateResult] | list[LayerResult]) -> Table:
     """Device time per step, of all kernels and of our own by group: microseconds busy (number of kernels)."""
     from ..bench.device_time import GROUPS
 
-    table = new_table("device time per step: us busy (kernels)", ("prompt", "attn", "all", *GROUPS), 2)
+    table = new_table("device time per step: us busy (kernels)", ("batch", "prompt", "attn", "all", *GROUPS), 3)
 
     def cell(part: dict[str, float] | None) -> str:
         return "-" if part is None else f"{part['busy_us']:.1f} ({part['kernels']:g})"
@@ -125,7 +140,8 @@ def device_time_table(rows: list[GenerateResult] | list[LayerResult]) -> Table:
     for row in rows:
         if row.device_time is not None:
             groups = [cell(row.device_time["groups"].get(group)) for group in GROUPS]
-            table.add_row(str(row.prompt), row.attn, cell(row.device_time), *groups)
+            way = way_of(row.attn, getattr(row, "cache_dtype", None))
+            table.add_row(str(row.batch), str(row.prompt), way, cell(row.device_time), *groups)
     return table
 
 

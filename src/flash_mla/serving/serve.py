@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ except ImportError as error:
         f"flash_mla.serving.serve needs {missing}: pip install 'transformers-flash-mla[serve]'", name=missing
     ) from None
 
+import torch
+import transformers
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -220,6 +223,36 @@ class Server:
         """URL of the open port."""
         host, port = self._uvicorn.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def facts(self, url: str) -> dict[str, Any]:
+        """What a supervisor wants to know of a server that is ready, as JSON has it; the key itself is not in it.
+
+        Args:
+            url: of the open port.
+        """
+        settings, cache = self.settings, self.turns.cache
+        assert cache is not None
+        assert self._models is not None
+        (loaded,) = self._models.loaded_models.values()
+        return {
+            "ready": True,
+            "url": url,
+            "model": settings.model,
+            "pid": os.getpid(),
+            "needs_key": settings.api_key is not None,
+            "device": str(loaded.model.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "cache_dtype": settings.cache_dtype,
+            "cache_bytes": cache.memory_report().bytes_allocated,
+            "block_size": settings.block_size,
+            "kv_pages_total": self.turns.pages_total,
+            "ctx": cache.max_cache_len,
+            "max_new_tokens": settings.max_new_tokens,
+            "max_body": settings.max_body,
+            "max_waiting": settings.max_waiting,
+            "timeout": settings.timeout,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
