@@ -197,8 +197,9 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _make_room(self, seqlen_q: int, valid: torch.Tensor | None) -> None:
         assert self.state is not None and self.kv_cache is not None
         if self.is_leader:
-            if isinstance(self.state, GrowingState) and not torch.compiler.is_compiling():
-                self.state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
+            state = self.state
+            if isinstance(state, GrowingState) and state.pages.round_up is None and not torch.compiler.is_compiling():
+                state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
             self.state.advance(seqlen_q, valid)
         self._follow()
 

@@ -78,7 +78,7 @@ def _num_sms(device_index: int) -> int:
 
 def runs_on(device_index: int) -> bool:
     """Whether the kernels run on this CUDA device at all."""
-    return _unavailable() is None and torch.cuda.get_device_capability(device_index) == CAPABILITY
+    return _unavailable() is None and driver.capability(device_index) == CAPABILITY
 
 
 def decode_refusals(call: DecodeCall) -> list[str]:
