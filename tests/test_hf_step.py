@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import pickle
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,3 +422,83 @@ def test_a_plan_does_not_outlast_a_capture(models, planned, monkeypatch):
         decoding.step()
         numbers.append(len(made))
     assert numbers == [1, 2, 3, 4, 4]
+
+
+class Launches:
+    """In place of the compiled kernels' launches: does what they do, on the CPU, every other time it is asked to."""
+
+    def __init__(self, checked, step_tensors, plan, scaling, results):
+        self.checked, self.made_for, self.scaling = checked, plan.num_slots, scaling
+        self.kv_cache, _, _, _, self.q, q_rope, _ = step_tensors
+        self.rope_shape, self.rope_strides = q_rope.shape, q_rope.stride()
+        self.results = results or SimpleNamespace(out=self.q.new_empty((*self.q.shape[:3], 32)), refused=0, run=0)
+
+    def run(self, latent, k_rope, slots, q_rope, items, splits, block_table, cache_seqlens):
+        if (self.results.refused + self.results.run) % 2:
+            self.results.refused += 1
+            return False
+        self.results.run += 1
+        _, _, num_heads, columns = self.rope_shape
+        rows = []
+        for request in range(self.rope_shape[0]):
+            for head in range(num_heads):
+                address = q_rope + 4 * (request * self.rope_strides[0] + head * self.rope_strides[2])
+                assert self.rope_strides[3] == 1
+                rows.append(list((ctypes.c_float * columns).from_address(address)))
+        tokens = (latent.transpose(1, 2), k_rope.transpose(1, 2), slots)
+        self.checked.append(self.kv_cache, *tokens, self.q, torch.tensor(rows).view(self.rope_shape))
+        plan = SimpleNamespace(items=items, splits=splits)
+        out = self.checked.decode(self.q, self.kv_cache, block_table, cache_seqlens, plan, self.scaling)
+        self.results.out.copy_(out)
+        return True
+
+
+def test_launches_that_are_written_down(models, planned, monkeypatch):
+    """They are looked for once per layer and number of slots, and what they refuse is done in the general way."""
+    made = []
+
+    def ready(checked, *arguments):
+        *step_tensors, plan, scaling, results = arguments
+        made.append(Launches(checked, step_tensors, plan, scaling, results))
+        return made[-1]
+
+    monkeypatch.setattr(ops.CheckedStep, "ready", ready)
+    decoding = Decoding(models, length=97)
+    before = ops.backend_counts()
+    for _ in range(9):
+        decoding.step()
+    assert len(made) == LAYERS
+    assert len({id(launches.results) for launches in made}) == 1
+    assert made[0].results.run + made[0].results.refused == 9 * LAYERS
+    assert abs(made[0].results.run - made[0].results.refused) <= 1
+    after = ops.backend_counts()
+    for op in ("append", "decode"):
+        assert after[op, "torch"] - before.get((op, "torch"), 0) == 9 * LAYERS
+    monkeypatch.setattr(ops.BACKENDS["torch"], "num_slots", lambda call: 9)
+    decoding.caches[1].layers[0].state.plan = None
+    decoding.step()
+    assert len(made) == 2 * LAYERS
+
+
+def test_a_capture_writes_no_launches_down(models, planned, monkeypatch):
+    """The memory of partial results, which layers share otherwise, would be in the graph once per layer."""
+    monkeypatch.setattr(step, "_place_in_time", lambda query: (0, True))
+    monkeypatch.setattr(ops.CheckedStep, "ready", lambda checked, *rest: pytest.fail("in a capture"))
+    decoding = Decoding(models)
+    decoding.step()
+    assert decoding.caches[1].layers[0].step.launches is None
+
+
+def test_a_scale_that_changes_is_seen_in_the_next_step(models, planned, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        ops.CheckedStep, "ready", lambda checked, *rest: made.append(1) or Launches(checked, rest[:-3], *rest[-3:])
+    )
+    decoding = Decoding(models)
+    decoding.step()
+    decoding.step()
+    assert len(made) == LAYERS
+    on_both(decoding, lambda attention: setattr(attention, "scaling", 2 * attention.scaling))
+    decoding.step()
+    decoding.step()
+    assert len(made) == 2 * LAYERS

@@ -23,11 +23,13 @@ import torch
 
 __all__ = [
     "DriverError",
+    "Launch",
     "allocating",
     "attribute",
     "call",
     "capability",
     "function",
+    "is_current",
     "launch",
     "no_driver",
     "num_sms",
@@ -296,6 +298,11 @@ def _needs_context(library: Any, device_index: int) -> bool:
     return True
 
 
+def is_current(device_index: int) -> bool:
+    """Whether this thread has a current context of a device, so that a `Launch` may be called."""
+    return not _needs_context(_driver(), device_index)
+
+
 @contextmanager
 def _context_of(library: Any, device_index: int) -> Iterator[None]:
     """The device's primary context made current, and what was current before (nothing, too) restored."""
@@ -444,6 +451,44 @@ def launch(
         name = _names.get(function, f"kernel {function:#x}")
         purpose = f"{name}, grid {grid}, block {block}, {shared_memory} bytes of shared memory, cluster {cluster}"
         _check(result, "cuLaunchKernelEx", f"{purpose}, device {device_index}")
+
+
+class Launch:
+    """A launch that is made again and again, its config written down: one call of the driver and nothing else.
+
+    For one thread at a time, in which the kernel's device `is_current`. Arguments as of `launch`.
+
+    Attributes:
+        params: the struct; to be changed before a call, which copies it.
+    """
+
+    __slots__ = ("_arguments", "_call", "_config", "_function", "_parameters", "params")
+
+    def __init__(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        block: int,
+        shared_memory: int,
+        stream: int,
+        params: bytes,
+        *,
+        programmatic: bool = False,
+    ) -> None:
+        attributes, num_attributes, _ = _attributes(programmatic, 1)
+        config = LAUNCH_CONFIG.pack(*grid, block, 1, 1, shared_memory, stream, attributes, num_attributes)
+        self.params = ctypes.create_string_buffer(params, len(params))
+        self._config = ctypes.create_string_buffer(config, len(config))
+        self._parameters = (c_void_p * 1)(ctypes.addressof(self.params))
+        self._function = function
+        self._call = _driver().cuLaunchKernelEx
+        self._arguments = (ctypes.addressof(self._config), function, ctypes.addressof(self._parameters), None)
+
+    def __call__(self) -> None:
+        """Launch. Raises: DriverError."""
+        if result := self._call(*self._arguments):
+            name = _names.get(self._function, f"kernel {self._function:#x}")
+            _check(result, "cuLaunchKernelEx", f"{name}, config {LAUNCH_CONFIG.unpack(self._config.raw)}")
 
 
 # --- tensor maps ------------------------------------------------------------------------------------------------------
