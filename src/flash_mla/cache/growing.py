@@ -78,7 +78,7 @@ class GrowingState(PagedState):
         if self.plan is None:
             return False
         fewer, more = min(change, 0), max(change, 0)
-        bounds = zip(self.pages.at_least, self.pages.at_most, strict=True)
+        bounds = set(zip(self.pages.at_least, self.pages.at_most, strict=True))  # asked once per step
         return all((least + fewer - 1) // PLAN_BLOCK == (most + more - 1) // PLAN_BLOCK for least, most in bounds)
 
     def _advance(self, seqlen_q: int, valid: torch.Tensor | None) -> None:

@@ -212,7 +212,8 @@ def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | Non
     """
     linear = step.linear()
     assert linear is not None
-    weight = linear.weight
+    weight = linear._parameters["weight"]  # as `fits` saw it
+    assert weight is not None
     (num_heads, nope, rank), strides, _ = step.w_uk
     w_uk = weight.as_strided((num_heads, nope, rank), strides, weight.storage_offset())
     batch, of_row, of_head, of_column = query.shape[0], query.stride(0), query.stride(1), query.stride(3)
