@@ -484,6 +484,15 @@ class Launch:
         self._call = _driver().cuLaunchKernelEx
         self._arguments = (ctypes.addressof(self._config), function, ctypes.addressof(self._parameters), None)
 
+    def on(self, device_index: int) -> None:
+        """Launch, whatever context is current in this thread. Raises: DriverError."""
+        library = _driver()
+        if _needs_context(library, device_index):
+            with _context_of(library, device_index):
+                self()
+        else:
+            self()
+
     def __call__(self) -> None:
         """Launch. Raises: DriverError."""
         if result := self._call(*self._arguments):
