@@ -157,14 +157,17 @@ def test_what_begins_elsewhere_is_left_to_the_general_way(which: str, hopper: Re
     assert not hopper.fake.launches
 
 
-def test_a_thread_without_a_context_is_left_to_the_general_way(hopper: Recorded) -> None:
+@pytest.mark.parametrize("current", [[], [PRIMARY + 1]], ids=["none", "of another device"])
+def test_whatever_context_is_current(current: list[int], hopper: Recorded) -> None:
+    """That of the tensors' device is put in its place for the launches."""
     step = Step(SHAPES[0])
     launches = step.ready()
-    hopper.fake.contexts.clear()
     assert launches is not None
-    assert not launches.run(*step.arguments())
-    assert not hopper.fake.launches
-    assert_right(step.right, *step.generally())
+    hopper.fake.contexts[:] = current
+    assert launches.run(*step.arguments())
+    assert hopper.fake.contexts == current
+    assert {launch.context for launch in hopper.fake.launches} == {PRIMARY}
+    assert_right(step.right, launches.results.out, launches.results.lse)
 
 
 def columns_apart(tensor: torch.Tensor) -> torch.Tensor:

@@ -96,12 +96,13 @@ def test_the_kernels_source_on_the_host(
             assert (name, grid[1:], threads, shared, stream) == ("next_slots", (1, 1), 32, 0, 7)
             self.params, self.blocks = ctypes.create_string_buffer(params, len(params)), grid[0]
 
-        def on(self, device_index: int) -> None:
+        def __call__(self) -> None:
             source_on_host.run(self.params, self.blocks)
 
     monkeypatch.setattr(driver, "function", lambda device_index, cubin, name: name)
     monkeypatch.setattr(driver, "raw_stream", lambda device_index: 7)
     monkeypatch.setattr(driver, "Launch", Launch)
+    monkeypatch.setattr(driver, "launch_all", lambda device_index, launches: [launch() for launch in launches])
     monkeypatch.setattr(driver, "memo", {})
     call = random_call(seed)
     table, lengths, *rest = call

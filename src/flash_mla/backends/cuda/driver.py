@@ -13,7 +13,7 @@ import functools
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from ctypes import c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -29,8 +29,8 @@ __all__ = [
     "call",
     "capability",
     "function",
-    "is_current",
     "launch",
+    "launch_all",
     "no_driver",
     "num_sms",
     "raw_stream",
@@ -298,11 +298,6 @@ def _needs_context(library: Any, device_index: int) -> bool:
     return True
 
 
-def is_current(device_index: int) -> bool:
-    """Whether this thread has a current context of a device, so that a `Launch` may be called."""
-    return not _needs_context(_driver(), device_index)
-
-
 @contextmanager
 def _context_of(library: Any, device_index: int) -> Iterator[None]:
     """The device's primary context made current, and what was current before (nothing, too) restored."""
@@ -456,7 +451,7 @@ def launch(
 class Launch:
     """A launch that is made again and again, its config written down: one call of the driver and nothing else.
 
-    For one thread at a time, in which the kernel's device `is_current`. Arguments as of `launch`.
+    For one thread at a time, and for `launch_all`. Arguments as of `launch`.
 
     Attributes:
         params: the struct; to be changed before a call, which copies it.
@@ -484,20 +479,23 @@ class Launch:
         self._call = _driver().cuLaunchKernelEx
         self._arguments = (ctypes.addressof(self._config), function, ctypes.addressof(self._parameters), None)
 
-    def on(self, device_index: int) -> None:
-        """Launch, whatever context is current in this thread. Raises: DriverError."""
-        library = _driver()
-        if _needs_context(library, device_index):
-            with _context_of(library, device_index):
-                self()
-        else:
-            self()
-
     def __call__(self) -> None:
         """Launch. Raises: DriverError."""
         if result := self._call(*self._arguments):
             name = _names.get(self._function, f"kernel {self._function:#x}")
             _check(result, "cuLaunchKernelEx", f"{name}, config {LAUNCH_CONFIG.unpack(self._config.raw)}")
+
+
+def launch_all(device_index: int, launches: Iterable[Launch]) -> None:
+    """One after the other, whatever context is current in this thread. Raises: DriverError."""
+    library = _driver()
+    if _needs_context(library, device_index):
+        with _context_of(library, device_index):
+            for one in launches:
+                one()
+    else:
+        for one in launches:
+            one()
 
 
 # --- tensor maps ------------------------------------------------------------------------------------------------------

@@ -56,5 +56,5 @@ def next_slots(
         launch = driver.memo[key] = driver.Launch(function, (batch, 1, 1), 32, 0, stream, params)
     read = (block_table.data_ptr(), cache_seqlens.data_ptr(), 0 if valid is None else valid.data_ptr())
     ADDRESSES.pack_into(launch.params, 0, *read, slots.data_ptr(), lengths.data_ptr())
-    launch.on(device_index)
+    driver.launch_all(device_index, (launch,))
     return slots, lengths

@@ -63,23 +63,23 @@ class StepLaunches:
         block_table: torch.Tensor,
         cache_seqlens: torch.Tensor,
     ) -> bool:
-        """Store, attend, merge. False, and nothing done, where these tensors or this thread need the general way.
+        """Store, attend, merge. False, and nothing done, where these tensors need the general way.
 
         Args: as of `append` and `decode`; of `q_rope` the address.
         """
         source, rope = latent.data_ptr(), k_rope.data_ptr()
-        if (source | rope | q_rope) % MAX_UNIT or not driver.is_current(self.device_index):
+        if (source | rope | q_rope) % MAX_UNIT:
             return False
         append, decode, merge = self.append, self.decode, self.merge
         ADDRESSES.pack_into(append.params, 0, self.pool, source, rope, slots.data_ptr(), q_rope, self.columns)
-        append()
         of_items, of_splits = items.data_ptr(), splits.data_ptr()
         addresses = (*self.pointers, of_items, of_splits, block_table.data_ptr(), cache_seqlens.data_ptr())
         DECODE_ADDRESSES.pack_into(decode.params, 2 * TENSOR_MAP_BYTES, *addresses)
-        decode()
+        launches = [append, decode]
         if merge is not None:
             COMBINE_ADDRESSES.pack_into(merge.params, 0, *self.pointers, of_items, of_splits)
-            merge()
+            launches.append(merge)
+        driver.launch_all(self.device_index, launches)
         return True
 
 
