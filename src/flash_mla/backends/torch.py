@@ -228,15 +228,19 @@ def decode(
     return out, lse
 
 
+def _adds_one_by_one(device: torch.device) -> bool:
+    """Whether a batched product in fp32 may add all columns to one running sum: a CPU's library sums in blocks."""
+    return device.type != "cpu"
+
+
 def _products(queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Every query of `[n, queries, d_qk]` times every key of `[n, keys, d_qk]` that stands beside it.
 
-    What came in fp32 is summed by SUMMED_COLUMNS columns, and these sums one to another: a batched product on a GPU may
-    add all columns to one running sum in fp32, which rounds at each. Over 576 columns that is five times the error that
-    the product of two matrices has on an H200. On a CPU it costs up to twice the time. (`dtype`: that of the call's
-    queries. Of 16-bit ones the result is rounded a hundred times as much.)
+    A running sum in fp32 rounds at each column: over 576 that is five times the error that the product of two matrices
+    has on an H200. There what came in fp32 is summed by SUMMED_COLUMNS columns, and these sums one to another. `dtype`
+    is that of the call's queries: of 16-bit ones the result is rounded a hundred times as much.
     """
-    if dtype != torch.float32:
+    if dtype != torch.float32 or not _adds_one_by_one(queries.device):
         return queries @ keys.mT
     total = queries.new_zeros((*queries.shape[:2], keys.shape[1]))
     for of_queries, of_keys in zip(queries.split(SUMMED_COLUMNS, -1), keys.split(SUMMED_COLUMNS, -1), strict=True):
