@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from cases import Problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla import decode
 
@@ -94,3 +96,16 @@ def assert_right(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None
     error = (out.double() - right_out).norm().item()
     yardstick = (plain(problem).double() - right_out).norm().item()
     assert error <= 2 * yardstick, f"error {error:.2e}, plain torch in {out.dtype} has {yardstick:.2e}"
+
+
+class OneByOne(TorchDispatchMode):
+    """Batched products in fp32 as of a device that adds every column to one running sum."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm_.default) and args[0].dtype == torch.float32:
+            left, right = args[-2:]
+            total = left.new_zeros((*left.shape[:2], right.shape[2]))
+            for column in range(left.shape[2]):
+                total += left[:, :, column, None] * right[:, None, column]
+            return total if func is torch.ops.aten.bmm.default else args[0].add_(total)
+        return func(*args, **(kwargs or {}))

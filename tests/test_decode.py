@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BACKENDS, CASES, DEVICE, KERNELS, TRITON_DTYPES, Case, Problem, make, needs_gpu
-from numerics import assert_right, reference
+from numerics import OneByOne, assert_right, reference
 
 import flash_mla
 from flash_mla import SplitPlan, ops
@@ -47,6 +47,17 @@ def test_every_form_computes_the_same_function(form: int, dtype: torch.dtype, mo
     monkeypatch.setattr(triton_backend, "choose_schedule", lambda *_: schedule)
     problem = make(Case("rows masked, split, causal", (0, 65, 400), num_heads=9, seqlen_q=2), dtype)
     assert_right(problem, *run(problem, "triton"))
+
+
+@pytest.mark.parametrize("h_kv", [1, 2])
+def test_the_definition_sums_well_in_fp32_wherever_it_runs(h_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as plain torch also where a batched product rounds more than that of two matrices."""
+    case = Case("wide", (70, 33), num_heads=16, h_kv=h_kv, seqlen_q=2, kv_lora_rank=512, qk_rope_head_dim=64)
+    problem = make(case, torch.float32)
+    monkeypatch.setattr(torch_backend, "_adds_one_by_one", lambda device: True)
+    with OneByOne():
+        results = flash_mla.decode(*problem.arguments(), **problem.options(), backend="torch")
+    assert_right(problem, *results)
 
 
 def test_definition_is_attention_over_expanded_keys_and_values() -> None:

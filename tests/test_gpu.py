@@ -7,6 +7,9 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 import flash_mla
+from flash_mla import ops
+from flash_mla.backends.cuda.step import StepLaunches
+from flash_mla.cache.growing import GrowingState
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU: bf16 kernels and CUDA graphs", allow_module_level=True)
@@ -192,10 +195,35 @@ def kernels_of_a_step(attn: str) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
+@pytest.mark.skipif(BACKEND != "cuda", reason="needs Hopper: only its launches are written down")
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 128}], ids=["growing", "fixed"])
+@torch.no_grad()
+def test_what_is_kept_from_step_to_step_changes_no_bit(options, monkeypatch):
+    """Launches that are written down and plans that still hold, against the general way and a plan in every step."""
+    ids = prompts()[0].clamp(min=3)
+    model = make(torch.bfloat16, "flash_mla")
+    ran = []
+    run = StepLaunches.run
+    monkeypatch.setattr(StepLaunches, "run", lambda self, *rest: ran.append(run(self, *rest)) or ran[-1])
+
+    def logits():
+        cache = flash_mla.PagedLatentCache(model.config, **options)
+        parts = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)]
+        return torch.cat([model(part, past_key_values=cache, use_cache=True).logits[:, -1:] for part in parts], 1)
+
+    kept = logits()
+    assert ran == [True] * 3 * STEPS
+    monkeypatch.setattr(ops.CheckedStep, "ready", lambda self, *rest: None)
+    monkeypatch.setattr(GrowingState, "_keeps_plan", lambda self, seqlen_q: False)
+    assert torch.equal(kept, logits())
+    assert len(ran) == 3 * STEPS
+
+
 @torch.no_grad()
 def test_launches_of_a_decode_step():
-    """Per layer append (with the rotated columns of q), decode (and its merge) and two products; per forward slots and
-    plan. Native attention has its cache's and the expansion's copies instead, and more launches."""
+    """Per layer append (with the rotated columns of q), decode (and its merge) and two products; per forward slots, and
+    the plan where a row begins another 64 tokens: not with the 73rd. Native attention has its cache's and the
+    expansion's copies instead, and more launches."""
     names, native = kernels_of_a_step("flash_mla"), kernels_of_a_step("sdpa")
     layers = 3
 
@@ -203,7 +231,7 @@ def test_launches_of_a_decode_step():
         return sum(part in name for name in names)
 
     if BACKEND == "cuda":
-        assert (count("append_rows"), count("next_slots"), count("plan_splits")) == (layers, 1, 1)
+        assert (count("append_rows"), count("next_slots"), count("plan_splits")) == (layers, 1, 0)
         assert count("flash_fwd_splitkv") == layers
         assert count("flash_fwd_mla_combine") <= layers
     assert len(names) < len(native), (names, native)

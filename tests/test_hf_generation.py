@@ -92,9 +92,9 @@ def test_sequences_of_one_prompt_share_its_pages(models, options):
     assert report.tokens_used == 3 * (130 + 100) + 6 * STEPS
 
 
-@pytest.mark.parametrize("implementation", [None, "static"], ids=["growing", "fixed"])
-def test_slots_and_plan_are_made_once_per_forward(models, implementation, monkeypatch):
-    """Not once per layer; a GPU plans, so the CPU is made to."""
+@pytest.mark.parametrize(("implementation", "kept"), [(None, 2), ("static", 0)], ids=["growing", "fixed"])
+def test_slots_and_plan_are_made_once_per_forward(models, implementation, kept, monkeypatch):
+    """Not once per layer; a GPU plans, so the CPU is made to. The plan of 62 tokens still holds for 63 and 64."""
     made = Counter()
 
     def count(name):
@@ -105,7 +105,7 @@ def test_slots_and_plan_are_made_once_per_forward(models, implementation, monkey
     count("plan_splits")
     monkeypatch.setattr(attention, "_plans", lambda q: True)
     ours_like_eager(models, prompt(), cache_implementation=implementation)
-    assert made == {"next_slots": 1 + STEPS, "plan_splits": STEPS}
+    assert made == {"next_slots": 1 + STEPS, "plan_splits": STEPS - kept}
 
 
 @pytest.mark.parametrize("lengths", [(61, 61, 61), (61, 40, 57)], ids=["unpadded", "left-padded"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import pickle
+import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from tiny_models import NEW_TOKENS, build, greedy, pair, prompt
 from transformers import DynamicCache
 
 from flash_mla import PagedLatentCache, UnsupportedError, ops
-from flash_mla.hf import step
+from flash_mla.hf import attention, step
 
 LAYERS = 3
 
@@ -316,3 +319,186 @@ def test_checked_calls_are_those_of_the_ops(models, monkeypatch):
         causal=False,
     )
     assert seen[-1] == seen[0] == seen[LAYERS]
+
+
+@pytest.fixture
+def planned(models, monkeypatch):
+    """Plans of a device of seven slots, which the CPU is made to want: as used, each beside the same made anew."""
+    made, used = [], []
+    real_make, real_plan = ops.plan_splits, attention._plan
+
+    def make(*args, **kwargs):
+        made.append(real_make(*args, **kwargs))
+        return made[-1]
+
+    def plan(layer, q, causal):
+        state, found = layer.state, real_plan(layer, q, causal)
+        lengths = state.cache_seqlens
+        anew = real_make(q, layer.kv_cache, state.block_table, lengths, kv_lora_rank=layer.kv_lora_rank, causal=causal)
+        used.append((found, anew))
+        return found
+
+    monkeypatch.setattr(ops.BACKENDS["torch"], "num_slots", lambda call: 7)
+    monkeypatch.setattr(ops, "plan_splits", make)
+    monkeypatch.setattr(attention, "_plan", plan)
+    monkeypatch.setattr(attention, "_plans", lambda q: True)
+    return made, used
+
+
+def assert_plans_are_right(used):
+    assert used
+    for found, anew in used:
+        assert torch.equal(found.items, anew.items)
+        assert torch.equal(found.splits, anew.splits)
+        assert (found.batch, found.seqlen_q, found.num_heads) == (anew.batch, anew.seqlen_q, anew.num_heads)
+
+
+def test_a_plan_is_kept_until_a_row_begins_another_unit(models, planned):
+    made, used = planned
+    decoding = Decoding(models, length=60)
+    for _ in range(10):  # 61 to 70 tokens: the fifth of them begins the second unit of 64
+        decoding.step()
+    assert len(made) == 2
+    assert len(used) == 10 * LAYERS
+    assert_plans_are_right(used)
+
+
+def test_a_kept_plan_is_the_one_that_would_be_made(models, planned):
+    """Whatever becomes of the rows between two steps."""
+    made, used = planned
+    draw = random.Random(0)
+    decoding = Decoding(models, length=150)
+    rows = 2
+    for _ in range(120):
+        what = draw.choice(("step", "step", "step", "chunk", "crop", "crop", "far", "swap", "rows"))
+        if what == "crop":
+            positions = draw.choice((1, 2))
+            for cache in decoding.caches:
+                cache.crop(-positions)
+        elif what == "far":
+            for cache in decoding.caches:
+                cache.crop(-50)
+            decoding.step(rows, 50 + draw.randrange(20))
+        elif what == "swap":
+            order = torch.randperm(rows, generator=decoding.generator)
+            for cache in decoding.caches:
+                cache.reorder_cache(order)
+        elif what == "rows":
+            chosen = [draw.randrange(rows) for _ in range(draw.randrange(1, 4))]
+            for cache in decoding.caches:
+                cache.batch_select_indices(torch.tensor(chosen))
+            rows = len(chosen)
+        decoding.step(rows, 3 if what == "chunk" else 1)
+    assert_plans_are_right(used)
+    assert len(made) < len(used) / LAYERS * 0.8
+
+
+@pytest.mark.parametrize(("lengths", "times"), [((63, 40), 4), ((40, 9), 1)], ids=["over a boundary", "within a unit"])
+def test_a_plan_over_rows_of_unknown_lengths(models, planned, lengths, times):
+    """Padding among the new tokens: the host has bounds of the lengths, 64 and 65 of the first row are two units."""
+    made, used = planned
+    ours = models[1]
+    cache = PagedLatentCache(ours.config, 16)
+    inputs = prompt(lengths)
+    with torch.no_grad():
+        ours(**inputs, past_key_values=cache, use_cache=True)
+        mask = inputs["attention_mask"]
+        for column in ((1, 0), (0, 1), (1, 1), (1, 0)):
+            mask = torch.cat((mask, torch.tensor(column)[:, None]), 1)
+            ours(torch.full((2, 1), 5), attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert len(made) == times
+    assert_plans_are_right(used)
+
+
+def test_a_plan_does_not_outlast_a_capture(models, planned, monkeypatch):
+    """A graph must own the plan that it uses, and one that it makes holds nothing before the graph runs."""
+    made, _ = planned
+    decoding = Decoding(models)
+    decoding.step()
+    state = decoding.caches[1].layers[0].state
+    numbers = []
+    for is_capturing in (False, True, True, False, False):
+        monkeypatch.setattr(type(state), "_is_capturing", lambda self, answer=is_capturing: answer)
+        decoding.step()
+        numbers.append(len(made))
+    assert numbers == [1, 2, 3, 4, 4]
+
+
+class Launches:
+    """In place of the compiled kernels' launches: does what they do, on the CPU, every other time it is asked to."""
+
+    def __init__(self, checked, step_tensors, plan, scaling, results):
+        self.checked, self.made_for, self.scaling = checked, plan.num_slots, scaling
+        self.kv_cache, _, _, _, self.q, q_rope, _ = step_tensors
+        self.rope_shape, self.rope_strides = q_rope.shape, q_rope.stride()
+        self.results = results or SimpleNamespace(out=self.q.new_empty((*self.q.shape[:3], 32)), refused=0, run=0)
+
+    def run(self, latent, k_rope, slots, q_rope, items, splits, block_table, cache_seqlens):
+        if (self.results.refused + self.results.run) % 2:
+            self.results.refused += 1
+            return False
+        self.results.run += 1
+        _, _, num_heads, columns = self.rope_shape
+        rows = []
+        for request in range(self.rope_shape[0]):
+            for head in range(num_heads):
+                address = q_rope + 4 * (request * self.rope_strides[0] + head * self.rope_strides[2])
+                assert self.rope_strides[3] == 1
+                rows.append(list((ctypes.c_float * columns).from_address(address)))
+        tokens = (latent.transpose(1, 2), k_rope.transpose(1, 2), slots)
+        self.checked.append(self.kv_cache, *tokens, self.q, torch.tensor(rows).view(self.rope_shape))
+        plan = SimpleNamespace(items=items, splits=splits)
+        out = self.checked.decode(self.q, self.kv_cache, block_table, cache_seqlens, plan, self.scaling)
+        self.results.out.copy_(out)
+        return True
+
+
+def test_launches_that_are_written_down(models, planned, monkeypatch):
+    """They are looked for once per layer and number of slots, and what they refuse is done in the general way."""
+    made = []
+
+    def ready(checked, *arguments):
+        *step_tensors, plan, scaling, results = arguments
+        made.append(Launches(checked, step_tensors, plan, scaling, results))
+        return made[-1]
+
+    monkeypatch.setattr(ops.CheckedStep, "ready", ready)
+    decoding = Decoding(models, length=97)
+    before = ops.backend_counts()
+    for _ in range(9):
+        decoding.step()
+    assert len(made) == LAYERS
+    assert len({id(launches.results) for launches in made}) == 1
+    assert made[0].results.run + made[0].results.refused == 9 * LAYERS
+    assert abs(made[0].results.run - made[0].results.refused) <= 1
+    after = ops.backend_counts()
+    for op in ("append", "decode"):
+        assert after[op, "torch"] - before.get((op, "torch"), 0) == 9 * LAYERS
+    monkeypatch.setattr(ops.BACKENDS["torch"], "num_slots", lambda call: 9)
+    decoding.caches[1].layers[0].state.plan = None
+    decoding.step()
+    assert len(made) == 2 * LAYERS
+
+
+def test_a_capture_writes_no_launches_down(models, planned, monkeypatch):
+    """The memory of partial results, which layers share otherwise, would be in the graph once per layer."""
+    monkeypatch.setattr(step, "_place_in_time", lambda query: (0, True))
+    monkeypatch.setattr(ops.CheckedStep, "ready", lambda checked, *rest: pytest.fail("in a capture"))
+    decoding = Decoding(models)
+    decoding.step()
+    assert decoding.caches[1].layers[0].step.launches is None
+
+
+def test_a_scale_that_changes_is_seen_in_the_next_step(models, planned, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        ops.CheckedStep, "ready", lambda checked, *rest: made.append(1) or Launches(checked, rest[:-3], *rest[-3:])
+    )
+    decoding = Decoding(models)
+    decoding.step()
+    decoding.step()
+    assert len(made) == LAYERS
+    on_both(decoding, lambda attention: setattr(attention, "scaling", 2 * attention.scaling))
+    decoding.step()
+    decoding.step()
+    assert len(made) == 2 * LAYERS

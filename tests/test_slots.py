@@ -87,17 +87,33 @@ def source_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_the_kernels_source_on_the_host(
     seed: int, source_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(device_index: int, name: str, grid: tuple[int, int, int], threads: int, *arguments: object) -> None:
-        assert (name, grid[1:], threads) == ("next_slots", (1, 1), 32)
-        source_on_host.run(arguments[-1], grid[0])
+    class Launch:
+        """In place of `driver.Launch`."""
+
+        def __init__(
+            self, name: str, grid: tuple[int, int, int], threads: int, shared: int, stream: int, params: bytes
+        ) -> None:
+            assert (name, grid[1:], threads, shared, stream) == ("next_slots", (1, 1), 32, 0, 7)
+            self.params, self.blocks = ctypes.create_string_buffer(params, len(params)), grid[0]
+
+        def __call__(self) -> None:
+            source_on_host.run(self.params, self.blocks)
 
     monkeypatch.setattr(driver, "function", lambda device_index, cubin, name: name)
-    monkeypatch.setattr(driver, "raw_stream", lambda device_index: 0)
-    monkeypatch.setattr(driver, "launch", launch)
+    monkeypatch.setattr(driver, "raw_stream", lambda device_index: 7)
+    monkeypatch.setattr(driver, "Launch", Launch)
+    monkeypatch.setattr(driver, "launch_all", lambda device_index, launches: [launch() for launch in launches])
+    monkeypatch.setattr(driver, "memo", {})
     call = random_call(seed)
-    for ours, definition in zip(cuda_backend.next_slots(*call), torch_backend.next_slots(*call), strict=True):
-        assert ours.dtype == definition.dtype
-        assert torch.equal(ours, definition)
+    table, lengths, *rest = call
+    for again in range(3):  # a launch that is kept, over other addresses
+        if again:
+            copies = table._base.clone(), lengths._base.clone() + again  # both are parts of wider tensors
+            call = (copies[0][:, : table.shape[1]], copies[1][:, 0], *rest)
+        for ours, definition in zip(cuda_backend.next_slots(*call), torch_backend.next_slots(*call), strict=True):
+            assert ours.dtype == definition.dtype
+            assert torch.equal(ours, definition)
+    assert len(driver.memo) == 1
 
 
 def test_params_are_those_of_the_device_code() -> None:

@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 from cases import BACKENDS, DEVICE
-from numerics import LSE_ERROR
+from numerics import LSE_ERROR, OneByOne
 
 import flash_mla
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, ops
@@ -242,6 +242,20 @@ def assert_right(problem: Problem, out: torch.Tensor, lse: torch.Tensor, largest
 def test_rows_named_by_index(case: Case, dtype: torch.dtype) -> None:
     problem = make(case, dtype)
     assert_right(problem, *problem.run())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("narrow", batch=4, topk=9), Case("wide", batch=3, kv_lora_rank=512, qk_rope_head_dim=64)],
+    ids=lambda case: case.why,
+)
+def test_sums_in_fp32_wherever_they_are_made(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as plain torch also where a batched product rounds more than that of two matrices."""
+    problem = make(case, torch.float32)
+    monkeypatch.setattr(OURS["torch"], "_adds_one_by_one", lambda device: True)
+    with OneByOne():
+        results = problem.run()
+    assert_right(problem, *results)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -13,6 +13,7 @@ import logging
 import threading
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,6 +32,9 @@ from .contract import (
     fixed_slots,
     no_backend_message,
 )
+
+if TYPE_CHECKING:
+    from .backends.cuda.step import Results, StepLaunches
 
 __all__ = [
     "CheckedStep",
@@ -500,7 +504,6 @@ class CheckedStep:
         q_rope: torch.Tensor,
     ) -> None:
         """`ops.append`, its arguments like those that were checked."""
-        _count_launch("append", self.append_backend)
         BACKENDS[self.append_backend].append(self.append_call, kv_cache, latent, k_rope, slots, q, q_rope)
 
     def decode(
@@ -513,13 +516,42 @@ class CheckedStep:
         softmax_scale: float,
     ) -> torch.Tensor:
         """`ops.decode` without its log-sums, its arguments like those that were checked."""
-        _count_launch("decode", self.decode_backend)
         items, splits = (None, None) if plan is None else (plan.items, plan.splits)
         out: torch.Tensor
         out, _ = BACKENDS[self.decode_backend].decode(
             self.decode_call, q, kv_cache, block_table, cache_seqlens, softmax_scale, items, splits
         )
         return out
+
+    def count(self) -> None:
+        """Count both launches; after them, when the device has something to do meanwhile."""
+        with _lock:
+            for key in (("append", self.append_backend), ("decode", self.decode_backend)):
+                _launches[key] = _launches.get(key, 0) + 1
+
+    def ready(
+        self,
+        kv_cache: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        q_rope: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        plan: SplitPlan,
+        softmax_scale: float,
+        results: Results | None,
+    ) -> StepLaunches | None:
+        """Both as launches whose parameters are written down (`backends.cuda.step`); None on other backends, and where
+        the general way has more to do than to launch.
+        """
+        if (self.append_backend, self.decode_backend) != ("cuda", "cuda"):
+            return None
+        tensors = (kv_cache, latent, k_rope, slots, q, q_rope, cache_seqlens)
+        found: StepLaunches | None = BACKENDS["cuda"].ready_step(
+            self.append_call, self.decode_call, *tensors, plan.num_slots, softmax_scale, results
+        )
+        return found
 
 
 def check_step(

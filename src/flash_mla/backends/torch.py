@@ -37,6 +37,8 @@ __all__ = [
 
 # Elements of gathered latents held at once: 2**26 fp32 elements are 256 MiB.
 GATHER_ELEMENTS = 2**26
+# Columns of a score in fp32 that are summed by themselves (see `_products`).
+SUMMED_COLUMNS = 32
 
 
 def decode_refusals(call: DecodeCall) -> list[str]:
@@ -208,7 +210,9 @@ def decode(
         # Rows past the length may hold NaN, and 0 * NaN is NaN: clear them before they meet a zero probability.
         kv = kv.masked_fill(~stored[:, :, None, None], 0)
         queries = q[rows].to(accumulate).unflatten(2, (call.h_kv, group))  # [rows, seqlen_q, h_kv, group, d_qk]
-        scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, kv) * softmax_scale
+        of_head = queries.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)  # [rows * h_kv, group * seqlen_q, d_qk]
+        scores = _products(of_head, kv.transpose(1, 2).flatten(0, 1), q.dtype) * softmax_scale
+        scores = scores.view(len(kv), call.h_kv, group, call.seqlen_q, num_keys)
         visible = stored[:, None, :].expand(-1, call.seqlen_q, -1)
         if call.causal:
             last = lengths[:, None] - torch.arange(call.seqlen_q - 1, -1, -1, device=q.device)  # [rows, seqlen_q]
@@ -222,6 +226,26 @@ def decode(
         out[rows] = mixed.flatten(2, 3).to(q.dtype)
         lse[rows] = part_lse.masked_fill(empty, float("inf")).flatten(1, 2)
     return out, lse
+
+
+def _adds_one_by_one(device: torch.device) -> bool:
+    """Whether a batched product in fp32 may add all columns to one running sum: a CPU's library sums in blocks."""
+    return device.type != "cpu"
+
+
+def _products(queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Every query of `[n, queries, d_qk]` times every key of `[n, keys, d_qk]` that stands beside it.
+
+    A running sum in fp32 rounds at each column: over 576 that is five times the error that the product of two matrices
+    has on an H200. There what came in fp32 is summed by SUMMED_COLUMNS columns, and these sums one to another. `dtype`
+    is that of the call's queries: of 16-bit ones the result is rounded a hundred times as much.
+    """
+    if dtype != torch.float32 or not _adds_one_by_one(queries.device):
+        return queries @ keys.mT
+    total = queries.new_zeros((*queries.shape[:2], keys.shape[1]))
+    for of_queries, of_keys in zip(queries.split(SUMMED_COLUMNS, -1), keys.split(SUMMED_COLUMNS, -1), strict=True):
+        total.baddbmm_(of_queries, of_keys.mT)
+    return total
 
 
 def _rows(call: DecodeCall, kv_cache: torch.Tensor, where: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -276,7 +300,7 @@ def sparse_decode(
         kv = _rows(call, kv_cache, (slots // call.block_size, slots % call.block_size, 0), accumulate)
         # Row 0 stands in for what is not visible and may hold NaN, and 0 * NaN is NaN.
         kv = kv.masked_fill(~visible.unsqueeze(-1), 0)
-        scores = torch.einsum("nhd,nkd->nhk", q[part, 0].to(accumulate), kv) * softmax_scale
+        scores = _products(q[part, 0].to(accumulate), kv, q.dtype) * softmax_scale
         scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
         part_lse = scores.logsumexp(-1)
         empty = part_lse == float("-inf")

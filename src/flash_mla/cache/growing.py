@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..contract import PLAN_BLOCK
 from .pages import PageTable
 from .state import PagedState
 
@@ -34,6 +35,7 @@ class GrowingState(PagedState):
 
     def __init__(self, batch: int, block_size: int, device: torch.device, prompt_repeats: int = 1) -> None:
         super().__init__(batch, block_size, device)
+        self._was_capturing = False  # in the forward before
         self._empty(batch, prompt_repeats, num_blocks=1)
 
     def _empty(self, batch: int, prompt_repeats: int, num_blocks: int) -> None:
@@ -59,6 +61,25 @@ class GrowingState(PagedState):
     def start(self, batch: int) -> None:
         """Take up an empty state for a batch of another size; the pools keep theirs."""
         self._empty(batch, 1, self.pages.num_blocks)
+
+    def _keeps_plan(self, seqlen_q: int) -> bool:
+        """One step in 64 of equal rows plans anew: in the others there is a launch less, and the host's time for it.
+
+        Not in or after a capture: a graph owns the plan that it uses, and what it made it leaves unwritten.
+        """
+        was_capturing, self._was_capturing = self._was_capturing, self._is_capturing()
+        return not (was_capturing or self._was_capturing) and self._plan_outlasts(seqlen_q)
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _plan_outlasts(self, change: int) -> bool:
+        """A plan follows from the numbers of units (PLAN_BLOCK tokens) of the rows, in order, and from nothing else."""
+        if self.plan is None:
+            return False
+        fewer, more = min(change, 0), max(change, 0)
+        bounds = set(zip(self.pages.at_least, self.pages.at_most, strict=True))  # asked once per step
+        return all((least + fewer - 1) // PLAN_BLOCK == (most + more - 1) // PLAN_BLOCK for least, most in bounds)
 
     def _advance(self, seqlen_q: int, valid: torch.Tensor | None) -> None:
         if seqlen_q == 1:

@@ -155,27 +155,33 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.gather()
 
     def _check(self, latent: torch.Tensor, k_rope: torch.Tensor) -> None:
-        where = f"flash_mla.PagedLatentCache: layer {self.index}"
         if latent.ndim != 4 or latent.shape[1] != 1 or k_rope.shape[:3] != latent.shape[:3]:
             raise ValueError(
-                f"{where}: latents must be [batch, 1, seqlen_q, kv_lora_rank] and [batch, 1, seqlen_q, "
+                f"{self._where()}: latents must be [batch, 1, seqlen_q, kv_lora_rank] and [batch, 1, seqlen_q, "
                 f"qk_rope_head_dim], got {tuple(latent.shape)} and {tuple(k_rope.shape)}"
             )
         rank = self.group.kv_lora_ranks[self.index]
         if rank is not None and latent.shape[-1] != rank:
-            raise ValueError(f"{where}: latents must have kv_lora_rank={rank} columns, got {latent.shape[-1]}")
+            raise ValueError(f"{self._where()}: latents must have kv_lora_rank={rank} columns, got {latent.shape[-1]}")
         if self.kv_cache is None or self.state is None:
             return
-        dtype = torch.promote_types(latent.dtype, k_rope.dtype)
+        dtype = latent.dtype
+        if k_rope.dtype != dtype:
+            dtype = torch.promote_types(dtype, k_rope.dtype)
         if (self.kv_lora_rank, self.qk_rope_head_dim) != (latent.shape[-1], k_rope.shape[-1]):
             raise ValueError(
-                f"{where}: holds rows of {self.kv_lora_rank} + {self.qk_rope_head_dim} columns, "
+                f"{self._where()}: holds rows of {self.kv_lora_rank} + {self.qk_rope_head_dim} columns, "
                 f"got {latent.shape[-1]} + {k_rope.shape[-1]}: a cache of another model?"
             )
         if dtype != self.dtype or latent.device != self.kv_cache.device:
-            raise ValueError(f"{where}: holds {self.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}")
+            raise ValueError(
+                f"{self._where()}: holds {self.dtype} on {self.kv_cache.device}, got {dtype} on {latent.device}"
+            )
         if latent.shape[0] != self.state.batch and (self.state.has_context or self.group.max_cache_len is not None):
-            raise ValueError(f"{where}: holds a batch of {self.state.batch}, got {latent.shape[0]}")
+            raise ValueError(f"{self._where()}: holds a batch of {self.state.batch}, got {latent.shape[0]}")
+
+    def _where(self) -> str:
+        return f"flash_mla.PagedLatentCache: layer {self.index}"
 
     def write(self, new: Latents, valid: torch.Tensor | None) -> None:
         """Store new tokens; the leader first moves the shared state on.
@@ -197,8 +203,9 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _make_room(self, seqlen_q: int, valid: torch.Tensor | None) -> None:
         assert self.state is not None and self.kv_cache is not None
         if self.is_leader:
-            if isinstance(self.state, GrowingState) and not torch.compiler.is_compiling():
-                self.state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
+            state = self.state
+            if isinstance(state, GrowingState) and state.pages.round_up is None and not torch.compiler.is_compiling():
+                state.pages.round_up = self.pool.round_up(self.kv_cache)  # reset() makes a new page table
             self.state.advance(seqlen_q, valid)
         self._follow()
 

@@ -26,7 +26,8 @@ class PagedState(ABC):
         seen: padded length; an int, or with fixed capacity an int64 tensor without dimensions.
         history: bool `[batch, positions]`, which positions are stored (padding is not); None while all are.
         copies: pages (source, destination), int64 each, that every layer must copy before it writes; None: none.
-        plan: the split plan of this forward, made by the first layer that decodes.
+        plan: the split plan of this forward, made by the first layer that decodes; or by one of an earlier forward, if
+            made anew it would be the same.
         context_len: of a forward of several tokens: what every row held before it, if the host knows them to be as many
             in each; None: it does not, or they differ.
         context_seqlens: int32 `[batch]`, the same by row, on the device; None while compiling.
@@ -102,7 +103,9 @@ class PagedState(ABC):
             seqlen_q: new positions per row.
             valid: bool `[batch, seqlen_q]`, False where a position is padding; None if all are real.
         """
-        self.plan = self._slot_map = self.visible_slots = self.chosen_slots = None
+        if torch.compiler.is_compiling() or not self._keeps_plan(seqlen_q):
+            self.plan = None
+        self._slot_map = self.visible_slots = self.chosen_slots = None
         if not torch.compiler.is_compiling():
             self.check_complete()
             self.num_written = 0
@@ -113,6 +116,14 @@ class PagedState(ABC):
 
     @abstractmethod
     def _advance(self, seqlen_q: int, valid: torch.Tensor | None) -> None: ...
+
+    def _keeps_plan(self, seqlen_q: int) -> bool:
+        """Whether the plan of the forward before, made anew for this one, would be the same; asked once per forward."""
+        return False
+
+    def _plan_outlasts(self, change: int) -> bool:
+        """Whether the plan stays the same if each row's length changes by so many tokens, or fewer."""
+        return False
 
     def check_complete(self) -> None:
         """Raise ValueError if the last forward stopped (out of memory, interrupt) before it reached every layer."""
@@ -176,7 +187,9 @@ class PagedState(ABC):
         """Forget the last `num_positions` positions (padded count) of every row; the caller checked that they exist."""
         if num_positions == 0:
             return
-        self.plan = self._slot_map = None
+        if not self._plan_outlasts(-num_positions):
+            self.plan = None
+        self._slot_map = None
         kept = self.seen_int() - num_positions
         self._crop(kept, num_positions)
         self.has_context = kept > 0

@@ -112,7 +112,8 @@ def _hook_class(owner: type) -> None:
         @functools.wraps(original)
         def expand_kv(self: nn.Module, kv_nope: Any, k_rot: Any, *args: Any, **kwargs: Any) -> Any:
             if type(kv_nope) is Latents:
-                _check_attention(self)
+                if self.config is not kv_nope.layer.group.config:  # which made a handle because it says our name
+                    _check_attention(self)
                 return kv_nope, kv_nope
             return original(self, kv_nope, k_rot, *args, **kwargs)
 

@@ -2,15 +2,16 @@
 
 The product with W_UK writes into the query, `append` puts the rotated columns beside it and the new latents into their
 page, then the kernel and its merge, then the product with W_UV. Shapes, strides, backends and the views of the weights
-are the same from step to step, so they are looked at once. On a host that needs 20 µs for a launch, a layer of
-DeepSeek-V2-Lite waits for the host and not for the GPU until batches are large.
+are the same from step to step, so they are looked at once, and the compiled kernels' launches are written down. On a
+host that needs 20 µs for a launch, a layer of DeepSeek-V2-Lite waits for the host and not for the GPU until batches are
+large. What can wait is done behind decode, while the device attends.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from torch import nn
 from .. import debug, ops
 from ..cache import Latents, PagedLatentLayer
 from ..cache.state import PagedState
+
+if TYPE_CHECKING:
+    from ..backends.cuda.step import Results, StepLaunches
 
 __all__ = ["Step", "prepare", "run"]
 
@@ -28,7 +32,7 @@ MOST_BUFFERS = 4
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """What is the same in the next decode step of a layer, and by what one knows that it is.
 
@@ -41,6 +45,8 @@ class Step:
         w_uk: shape, strides and offset of W_UK `[num_heads, qk_nope_head_dim, kv_lora_rank]` in the weight.
         w_uv: the same of W_UV `[num_heads, kv_lora_rank, v_head_dim]`.
         buffer: takes the query.
+        launches: the compiled kernels' launches, once a step ran; None where the backends have none.
+        launches_for: number of slots and multiplier of the scores that `launches` was looked for with.
     """
 
     linear: weakref.ref[nn.Linear]
@@ -51,6 +57,8 @@ class Step:
     w_uk: Place
     w_uv: Place
     buffer: Query
+    launches: StepLaunches | None = None
+    launches_for: tuple[int, float] | None = None
 
     def fits(self, module: Any, layer: PagedLatentLayer, query: torch.Tensor, new: Latents) -> bool:
         """Whether this is still how the layer's step goes: nothing was hooked, adapted, grown or given anew."""
@@ -86,11 +94,13 @@ def _nothing() -> None:
 class Query:
     """The absorbed query of every layer in turn, `[batch, seqlen_q, num_heads, d_qk]`: a stream runs one after another.
 
-    `latent` is its part for the product with W_UK, `[num_heads, batch * seqlen_q, kv_lora_rank]`.
+    `latent` is its part for the product with W_UK, `[num_heads, batch * seqlen_q, kv_lora_rank]`; `results` takes what
+    the launches of every layer compute, where they are written down.
     """
 
     q: torch.Tensor
     latent: torch.Tensor
+    results: Results | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Nothing in it outlasts a layer's step."""
@@ -111,8 +121,11 @@ def _signature(query: torch.Tensor, new: Latents) -> tuple[Any, ...]:
         query.stride(),
         query.dtype,
         latent.shape,
+        latent.stride(),
         latent.dtype,
+        new.k_rope.stride(),
         new.k_rope.dtype,
+        state.slots.stride(),
         table.shape,
         table.stride(),
         state.cache_seqlens.stride(),
@@ -197,15 +210,41 @@ def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | Non
 
     The caller sees to it that no gradient is wanted.
     """
-    state, q = new.layer.state, step.buffer.q
     linear = step.linear()
-    assert state is not None and linear is not None
-    weight = linear.weight
+    assert linear is not None
+    weight = linear._parameters["weight"]  # as `fits` saw it
+    assert weight is not None
     (num_heads, nope, rank), strides, _ = step.w_uk
     w_uk = weight.as_strided((num_heads, nope, rank), strides, weight.storage_offset())
+    batch, of_row, of_head, of_column = query.shape[0], query.stride(0), query.stride(1), query.stride(3)
     # A view: cuBLAS walks the heads of a transposed query.
-    rows = query[..., :nope].transpose(0, 1).flatten(1, 2)
+    rows = query.as_strided((num_heads, batch, nope), (of_head, of_row, of_column), query.storage_offset())
     torch.bmm(rows, w_uk, out=step.buffer.latent)
+    out = _attend(step, query, new, plan, scaling)
+    # The device attends now: the host's time from here on is hidden.
+    shape, strides, offset = step.w_uv
+    w_uv = weight.as_strided(shape, strides, weight.storage_offset() + offset)
+    result = query.new_empty((batch, num_heads, shape[2]))
+    torch.bmm(out.view(batch, num_heads, rank).transpose(0, 1), w_uv, out=result.transpose(0, 1))
+    new.layer.stored()
+    step.checked.count()
+    return result.unsqueeze(1)
+
+
+def _attend(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | None, scaling: float) -> torch.Tensor:
+    """Append and decode; `[batch, 1, num_heads, kv_lora_rank]`, which the next layer may overwrite."""
+    state, q, nope = new.layer.state, step.buffer.q, step.w_uk[0][1]
+    assert state is not None
+    if plan is not None:
+        if step.launches_for != (plan.num_slots, scaling):
+            step.launches_for = (plan.num_slots, scaling)
+            step.launches = _launches(step, query, new, plan, scaling)
+        launches = step.launches
+        if launches is not None:
+            q_rope = query.data_ptr() + nope * query.element_size() * query.stride(3)
+            tensors = (plan.items, plan.splits, state.block_table, state.cache_seqlens)
+            if launches.run(new.latent, new.k_rope, state.slots, q_rope, *tensors):
+                return launches.results.out
     step.checked.append(
         step.kv_cache,
         new.latent.transpose(1, 2),
@@ -214,13 +253,28 @@ def run(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan | Non
         q,
         query[..., nope:].transpose(1, 2),
     )
-    new.layer.stored()
-    out = step.checked.decode(q, step.kv_cache, state.block_table, state.cache_seqlens, plan, scaling)
-    batch, seqlen_q = q.shape[:2]
-    shape, strides, offset = step.w_uv
-    w_uv = weight.as_strided(shape, strides, weight.storage_offset() + offset)
-    result = out.new_empty((batch, seqlen_q, num_heads, shape[2]))
-    torch.bmm(
-        out.view(-1, num_heads, rank).transpose(0, 1), w_uv, out=result.view(-1, num_heads, shape[2]).transpose(0, 1)
+    return step.checked.decode(q, step.kv_cache, state.block_table, state.cache_seqlens, plan, scaling)
+
+
+def _launches(
+    step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan, scaling: float
+) -> StepLaunches | None:
+    state = new.layer.state
+    assert state is not None
+    if step.signature[1]:  # in a capture every layer would have results of its own: a graph owns what it writes to
+        return None
+    launches = step.checked.ready(
+        step.kv_cache,
+        new.latent.transpose(1, 2),
+        new.k_rope.transpose(1, 2),
+        state.slots,
+        step.buffer.q,
+        query[..., step.w_uk[0][1] :].transpose(1, 2),
+        state.cache_seqlens,
+        plan,
+        scaling,
+        step.buffer.results,
     )
-    return result
+    if launches is not None:
+        step.buffer.results = launches.results
+    return launches

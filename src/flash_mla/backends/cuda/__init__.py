@@ -5,6 +5,7 @@ from .decode import decode, decode_refusals, num_slots, runs_on
 from .plan import plan
 from .slots import next_slots
 from .sparse import sparse_decode
+from .step import ready_step
 
 __all__ = [
     "append",
@@ -14,6 +15,7 @@ __all__ = [
     "next_slots",
     "num_slots",
     "plan",
+    "ready_step",
     "runs_on",
     "sparse_decode",
 ]

@@ -14,7 +14,7 @@ from ...codec import ROW_ALIGNMENT
 from ...contract import AppendCall
 from . import driver
 
-__all__ = ["AppendParams", "append", "append_refusals", "geometry"]
+__all__ = ["AppendParams", "append", "append_refusals", "geometry", "launch_form"]
 
 CAPABILITY = (9, 0)
 # Rows per CTA, one warp each. Few rows go one to a CTA, to as many SMs as there are: a row is bound by latency then.
@@ -230,7 +230,38 @@ def append(
     ADDRESSES.pack_into(thread.bytes, 0, pool, source, rope, slots.data_ptr(), q_source, columns)
     thread.bytes[ADDRESSES.size :] = rest
     kernel = driver.function(call.device_index, "append", name)
-    warps = 1 if num_rows <= FEW_ROWS else WARPS
-    grid = (-(-num_rows // warps) + -(-q_bytes // (unit * 32 * warps)), 1, 1)
+    grid, threads = _grid(num_rows, q_bytes, unit)
     stream = driver.raw_stream(call.device_index)
-    driver.launch(call.device_index, kernel, grid, 32 * warps, 0, stream, thread.params)
+    driver.launch(call.device_index, kernel, grid, threads, 0, stream, thread.params)
+
+
+def _grid(num_rows: int, q_bytes: int, unit: int) -> tuple[tuple[int, int, int], int]:
+    """CTAs and threads: a warp per row, a thread per unit of the queries' rotated columns."""
+    warps = 1 if num_rows <= FEW_ROWS else WARPS
+    return (-(-num_rows // warps) + -(-q_bytes // (unit * 32 * warps)), 1, 1), 32 * warps
+
+
+def launch_form(
+    call: AppendCall,
+    kv_cache: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    slots: torch.Tensor,
+    q: torch.Tensor,
+    q_rope: torch.Tensor,
+) -> tuple[str, tuple[int, int, int], int, bytes] | None:
+    """Kernel, grid, threads and parameters (addresses missing) of an append that moves units of 16 bytes, as it is
+    whenever latents, rotated keys and rotated queries begin at multiples of 16; None if one of this shape never does.
+    """
+    itemsize, num_rows = latent.element_size(), call.batch * call.seqlen_q * call.h_kv
+    q_bytes = call.batch * call.seqlen_q * q.shape[2] * call.qk_rope_head_dim * itemsize
+    if num_rows == 0 or q_bytes >= MOST_QUERY_BYTES:
+        return None
+    if any(tensor.stride(3) != 1 for tensor in (latent, k_rope, q, q_rope)):
+        return None
+    strides = (latent.stride(), k_rope.stride(), slots.stride())
+    rest, bits, _ = geometry(call, itemsize, *strides, q.shape[2], q_rope.stride(), q.stride())
+    if (bits | kv_cache.data_ptr() | (q.data_ptr() + call.kv_lora_rank * itemsize)) % MAX_UNIT:
+        return None
+    name = FP8_KERNELS[call.dtype] if call.fp8 else KERNELS[MAX_UNIT]
+    return name, *_grid(num_rows, q_bytes, MAX_UNIT), bytes(ADDRESSES.size) + rest

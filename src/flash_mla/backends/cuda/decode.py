@@ -21,7 +21,7 @@ from ...contract import LATENT_SHAPES, PLAN_BLOCK, DecodeCall, fixed_slots
 from . import driver
 from .params import COMBINE, COMBINE_ADDRESSES, DECODE, DECODE_ADDRESSES, FP8_DECODE, GATHER, TENSOR_MAP_BYTES
 
-__all__ = ["decode", "decode_refusals", "num_slots", "runs_on", "workspace_bytes"]
+__all__ = ["decode", "decode_refusals", "num_slots", "prepared_for", "runs_on", "workspace_bytes"]
 
 CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
@@ -78,7 +78,7 @@ def _num_sms(device_index: int) -> int:
 
 def runs_on(device_index: int) -> bool:
     """Whether the kernels run on this CUDA device at all."""
-    return _unavailable() is None and torch.cuda.get_device_capability(device_index) == CAPABILITY
+    return _unavailable() is None and driver.capability(device_index) == CAPABILITY
 
 
 def decode_refusals(call: DecodeCall) -> list[str]:
@@ -356,6 +356,26 @@ def decode(
                 device_index, merge, piece.merge_grid, piece.merge_threads, 0, stream, thread.combine, programmatic=True
             )
     return out, lse
+
+
+def prepared_for(
+    call: DecodeCall,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    slots: int,
+    softmax_scale: float,
+) -> _Prepared | None:
+    """What every call over these tensors launches; None if there is nothing to launch or `q` would have to be copied.
+
+    Args: as of `decode`; `slots` of the plans to come.
+    """
+    if call.batch == 0 or call.num_blocks == 0:
+        return None
+    rows = _walkable(q, call.h_kv)
+    if rows.data_ptr() != q.data_ptr():
+        return None
+    return _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, softmax_scale)
 
 
 @dataclass(frozen=True)
