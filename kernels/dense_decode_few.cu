@@ -39,14 +39,19 @@ struct Shape {
   static constexpr int ROWS = ROWS_;      // wgmma's N
   static constexpr int STAGES = STAGES_;  // ring slots
   static constexpr bool IS_BF16 = IS_BF16_;
+  static constexpr bool ARE_PAIRS = false;
   static constexpr int Q_TILE_BYTES = ROWS * TILE_COLUMNS * 2;
   static constexpr int COLUMNS = ROWS / 4;  // columns of S^T and O^T, that is query rows, of which a thread has a part
-  static constexpr int Q_ARRIVALS = 1;      // of the thread that loads Q
-  static constexpr int TURNS = CONSUMERS;
-  static constexpr int O_TILES = V_TILES;
+  static constexpr int TILE_ROWS = ROWS;
+  static constexpr int FULL_ARRIVALS = 1;                // of the thread that loads pages
+  static constexpr int EMPTY_ARRIVALS = WARPGROUP / 32;  // warps of the consumer that had the slot
   static_assert(ROWS % STAGED_ROWS == 0);
   static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer) {
     return shared.exchange[consumer];
+  }
+  static __device__ __forceinline__ void init_others(Memory& shared) {
+    mbarrier_init(shared.q_full, 1);  // of the thread that loads Q
+    mbarrier_init(shared.q_empty, CONSUMERS * WARPGROUP / 32);
   }
   // Both consumers hold a unit and the producer needs room to go on.
   static_assert(STAGES >= CONSUMERS * UNIT_SLOTS);
@@ -163,31 +168,92 @@ __device__ __forceinline__ void load_queries(const DecodeParams& params, Shared<
 
 // P of the scores, which count from the references: to shared memory, rounded; and sums over the thread's tokens.
 template <class S>
-struct PlainP {
-  Shared<S>& shared;
-  int consumer;
-  __device__ __forceinline__ void operator()(const float (&s)[S::ROWS / 2], float (&sum)[S::COLUMNS]) const {
-    float p[S::ROWS / 2];
+__device__ __forceinline__ void store_p(Shared<S>& shared, int consumer, const float (&s)[S::ROWS / 2],
+                                        float (&sum)[S::COLUMNS]) {
+  float p[S::ROWS / 2];
 #pragma unroll
-    for (int i = 0; i < S::COLUMNS; ++i) sum[i] = 0.f;
+  for (int i = 0; i < S::COLUMNS; ++i) sum[i] = 0.f;
 #pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) {
-      p[i] = ex2(s[i]);
-      sum[column_of(i)] += p[i];
-    }
-    // Matrix m of a stmatrix is tokens (m & 1) * 8.. of the warp's 16 and query rows 8 * (m >> 1)..
-    const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
-    const int chunk = 2 * warp + (lane / 8 & 1);  // of 16 bytes: 8 tokens
-#pragma unroll
-    for (int pair = 0; pair < S::ROWS / 16; ++pair) {
-      const int row = pair * 16 + lane / 16 * 8 + lane % 8;
-      const float* values = p + 8 * pair;
-      stmatrix_x4_trans(shared_address(shared.p[consumer]) + row * 128 + ((chunk ^ (row & 7)) << 4),
-                        pack<S::IS_BF16>(values[0], values[1]), pack<S::IS_BF16>(values[2], values[3]),
-                        pack<S::IS_BF16>(values[4], values[5]), pack<S::IS_BF16>(values[6], values[7]));
-    }
+  for (int i = 0; i < S::ROWS / 2; ++i) {
+    p[i] = ex2(s[i]);
+    sum[column_of(i)] += p[i];
   }
-};
+  // Matrix m of a stmatrix is tokens (m & 1) * 8.. of the warp's 16 and query rows 8 * (m >> 1)..
+  const int lane = thread_index() % 32, warp = thread_index() % WARPGROUP / 32;
+  const int chunk = 2 * warp + (lane / 8 & 1);  // of 16 bytes: 8 tokens
+#pragma unroll
+  for (int pair = 0; pair < S::ROWS / 16; ++pair) {
+    const int row = pair * 16 + lane / 16 * 8 + lane % 8;
+    const float* values = p + 8 * pair;
+    stmatrix_x4_trans(shared_address(shared.p[consumer]) + row * 128 + ((chunk ^ (row & 7)) << 4),
+                      pack<S::IS_BF16>(values[0], values[1]), pack<S::IS_BF16>(values[2], values[3]),
+                      pack<S::IS_BF16>(values[4], values[5]), pack<S::IS_BF16>(values[6], values[7]));
+  }
+}
+
+// P of a unit's scores `s`, its products of keys and queries, and its sums; O and the sums are multiplied where a score
+// rises far above the reference.
+template <class S>
+__device__ __forceinline__ void probabilities(const DecodeParams& params, Shared<S>& shared, const Item& item,
+                                              int consumer, int unit, float (&s)[S::ROWS / 2], Result<S>& result) {
+  const bool is_first = unit < CONSUMERS;
+#pragma unroll
+  for (int i = 0; i < S::ROWS / 2; ++i) {
+    s[i] = __fmaf_rn(s[i], params.softmax_scale_log2, -result.reference[column_of(i)]);
+  }
+  hide<S>(shared, 0, item.length - (item.first_unit + unit) * BLOCK_N, s);
+  float top[S::COLUMNS];
+#pragma unroll
+  for (int i = 0; i < S::ROWS / 2; ++i) {
+    top[column_of(i)] = i & 2 ? fmaxf(top[column_of(i)], s[i]) : s[i];
+  }
+  // Both ways all warps meet before P is written: they have finished the wgmmas that read the P before.
+  if (!is_first) bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
+  if (is_first) {
+    column_maxima<S>(shared, consumer, top);
+#pragma unroll
+    for (int i = 0; i < S::COLUMNS; ++i) {
+      // The maximum itself: P = 1 there, which bf16 holds. A row that sees nothing has none.
+      result.reference[i] = top[i] == -infinity() ? 0.f : top[i];
+    }
+#pragma unroll
+    for (int i = 0; i < S::ROWS / 2; ++i) s[i] -= result.reference[column_of(i)];
+  }
+  float sum[S::COLUMNS];
+  store_p<S>(shared, consumer, s, sum);
+  bool is_above = false;
+  if (!is_first) {
+#pragma unroll
+    for (int i = 0; i < S::COLUMNS; ++i) is_above |= top[i] > RESCALE_ABOVE;
+  }
+  // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
+  // tensor core may read stale bytes: wrong numbers, no error.
+  fence_proxy_async();
+  if (bar_red_or(BARRIER_CONSUMER + consumer, WARPGROUP, is_above)) {
+    column_maxima<S>(shared, consumer, top);
+    float alpha[S::COLUMNS];
+#pragma unroll
+    for (int i = 0; i < S::COLUMNS; ++i) {
+      const float rise = fmaxf(ceilf(top[i]), 0.f);  // a whole number, so that alpha is exact
+      result.reference[i] += rise;
+      alpha[i] = ex2(-rise);
+      result.sum[i] *= alpha[i];
+      top[i] = rise;
+    }
+#pragma unroll
+    for (int i = 0; i < S::ROWS / 2; ++i) s[i] -= top[column_of(i)];
+#pragma unroll
+    for (int tile = 0; tile < V_TILES; ++tile) {
+#pragma unroll
+      for (int i = 0; i < S::ROWS / 2; ++i) result.o[tile][i] *= alpha[column_of(i)];
+    }
+    store_p<S>(shared, consumer, s, sum);
+    fence_proxy_async();
+    bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
+  }
+#pragma unroll
+  for (int i = 0; i < S::COLUMNS; ++i) result.sum[i] += sum[i];
+}
 
 // Rows of V past the length are multiplied by P = 0, but 0 * NaN is NaN: overwrite them with zeros.
 template <class S>
@@ -207,7 +273,7 @@ __device__ __forceinline__ void clear_rows(Shared<S>& shared, int consumer, Posi
 template <class S>
 __device__ __forceinline__ void consume(const DecodeParams& params, Shared<S>& shared, const Item& item, int consumer,
                                         int unit, Position<S> position, uint32_t& full_phases, Result<S>& result) {
-  const bool is_last = unit + S::TURNS >= item.num_units;
+  const bool is_last = unit + CONSUMERS >= item.num_units;
   float s[S::ROWS / 2];
 #pragma unroll
   for (int i = 0; i < S::ROWS / 2; ++i) s[i] = 0.f;
@@ -235,7 +301,7 @@ __device__ __forceinline__ void consume(const DecodeParams& params, Shared<S>& s
 
   const int stored = item.length - (item.first_unit + unit) * BLOCK_N;
   if (stored < BLOCK_N) clear_rows<S>(shared, consumer, position, stored);
-  probabilities<S>(params, shared, item, consumer, unit, s, PlainP<S>{shared, consumer}, result);
+  probabilities<S>(params, shared, item, consumer, unit, s, result);
 
   const uint64_t p = matrix_descriptor(shared_address(shared.p[consumer]), 0, 1024, Swizzle::B128);
   wgmma_fence();
@@ -258,116 +324,6 @@ __device__ __forceinline__ void consume(const DecodeParams& params, Shared<S>& s
   }
 }
 
-// Puts both consumers' maxima and sums together: the factors of their O to shared memory, the log-sums to memory.
-template <class S>
-__device__ __forceinline__ void merge_sums(const DecodeParams& params, Shared<S>& shared, const Cta& cta,
-                                           const Item& item, int consumer, const Result<S>& result) {
-  const int thread = thread_index() % WARPGROUP;
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    float sum = result.sum[i];
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 4);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 8);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 16);
-    if (thread % 32 < 4) reinterpret_cast<float*>(&shared.sum[consumer][column_row(i)])[thread / 32] = sum;
-    if (thread < 4) shared.reference[consumer][column_row(i)] = result.reference[i];
-  }
-  bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
-  float log_sum = 0.f;
-  if (thread < S::ROWS) {
-    float sum[CONSUMERS], reference[CONSUMERS];
-#pragma unroll
-    for (int other = 0; other < CONSUMERS; ++other) {
-      const float4 all = shared.sum[other][thread];
-      sum[other] = (all.x + all.y) + (all.z + all.w);
-      // One that saw nothing has no reference either.
-      reference[other] = sum[other] > 0.f ? shared.reference[other][thread] : -infinity();
-    }
-    const float top = fmaxf(reference[0], reference[1]);
-    const float both = top == -infinity() ? 0.f : top;
-    // Rounded one by one: the same bits whichever consumer had the first unit.
-    const float total =
-        __fadd_rn(__fmul_rn(sum[0], ex2(reference[0] - both)), __fmul_rn(sum[1], ex2(reference[1] - both)));
-    const float mine = ex2((consumer == 0 ? reference[0] : reference[1]) - both);
-    shared.factor[consumer][thread] = total == 0.f ? 0.f : __fdividef(mine, total);
-    log_sum = total == 0.f ? -infinity() : both + lg2(total);
-  }
-  bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
-  if (consumer == 0 && thread < S::ROWS && shared.row[thread].lse >= 0) {
-    const Row& row = shared.row[thread];
-    if (item.is_whole) {
-      const int64_t first = (int64_t)item.request * params.seqlen_q * params.num_heads;
-      params.lse[first + row.lse] = log_sum == -infinity() ? infinity() : log_sum * LN_2;
-    } else {
-      params.partial_sums[sum_index(params, 0, item.partial(params, cta), row.out)] = log_sum;
-    }
-  }
-}
-
-// Leaves for the other consumer what consumer CONSUMER has of its half of the columns: 16 rows from `first_row` on.
-template <class S, int CONSUMER>
-__device__ __forceinline__ void give(Shared<S>& shared, const Result<S>& result, int first_row,
-                                     const float (&factor)[S::COLUMNS]) {
-  constexpr int OTHERS = (1 - CONSUMER) * HALF_TILES;
-  const int first = first_row / 2;  // accumulator
-#pragma unroll
-  for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
-    const float* four = &result.o[OTHERS + i / 2][first + i % 2 * 4];
-    const float* by = &factor[column_of(first + i % 2 * 4)];
-    shared.exchange[1 - CONSUMER].taken[i][thread_index() % WARPGROUP] =
-        make_float4(four[0] * by[0], four[1] * by[1], four[2] * by[0], four[3] * by[1]);
-  }
-}
-
-// Adds what the other one left to consumer CONSUMER's own half of the columns, and stores it.
-template <class S, int CONSUMER>
-__device__ __forceinline__ void take(const DecodeParams& params, Shared<S>& shared, const Cta& cta, const Item& item,
-                                     const Result<S>& result, int first_row, const float (&factor)[S::COLUMNS],
-                                     const int (&place)[S::COLUMNS]) {
-  constexpr int OWN = CONSUMER * HALF_TILES;
-  const int first = first_row / 2;
-  float o[HALF_TILES][STAGED_ROWS / 2];
-#pragma unroll
-  for (int i = 0; i < EXCHANGED_VECTORS; ++i) {
-    const float4 four = shared.exchange[CONSUMER].taken[i][thread_index() % WARPGROUP];
-    const float others[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int at = i % 2 * 4 + k;
-      o[i / 2][at] = __fadd_rn(others[k], __fmul_rn(result.o[OWN + i / 2][first + at], factor[column_of(first + at)]));
-    }
-  }
-  if (item.is_whole) {
-    store_whole<S>(params, shared, item, CONSUMER, first_row, o);
-  } else {
-    store_part<S>(params, cta, item, CONSUMER, first_row, place, o);
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void store_result(const DecodeParams& params, Shared<S>& shared, const Cta& cta,
-                                             const Item& item, int consumer, const Result<S>& result,
-                                             const int (&place)[S::COLUMNS]) {
-  float factor[S::COLUMNS];
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) factor[i] = shared.factor[consumer][column_row(i)];
-#pragma unroll
-  for (int first_row = 0; first_row < S::ROWS; first_row += STAGED_ROWS) {
-    if (first_row > 0) bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);  // both have stored the 16 rows before
-    if (consumer == 0) {
-      give<S, 0>(shared, result, first_row, factor);
-    } else {
-      give<S, 1>(shared, result, first_row, factor);
-    }
-    bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);  // one instruction for both: compute-sanitizer asks for that
-    if (consumer == 0) {
-      take<S, 0>(params, shared, cta, item, result, first_row, factor, place);
-    } else {
-      take<S, 1>(params, shared, cta, item, result, first_row, factor, place);
-    }
-  }
-}
-
 template <class S>
 __device__ __forceinline__ void consumer_role(const DecodeParams& params, Shared<S>& shared, const Cta& cta,
                                               int consumer) {
@@ -375,12 +331,6 @@ __device__ __forceinline__ void consumer_role(const DecodeParams& params, Shared
   uint32_t q_phase = 0;
   uint32_t full_phases = 0;  // a bit per slot: parity of this consumer's next phase there
   int turn = 0;              // the consumer of an item's first unit
-  int place[S::COLUMNS];     // Row::out of the thread's columns, < 0: no such row
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    const Row& row = shared.row[column_row(i)];
-    place[i] = row.lse < 0 ? -1 : row.out;
-  }
   for (int plan_row = cta.plan_slot; plan_row >= 0;) {
     const Item item = load_item(params, plan_row);
     if (item.request < 0) break;
@@ -407,7 +357,7 @@ __device__ __forceinline__ void consumer_role(const DecodeParams& params, Shared
       turn ^= item.num_units & 1;
     }
     merge_sums<S>(params, shared, cta, item, consumer, result);
-    store_result<S>(params, shared, cta, item, consumer, result, place);
+    store_result<S>(params, shared, cta, item, consumer, result);
     plan_row = item.next;
   }
 }

@@ -60,18 +60,16 @@ struct Fp8DecodeParams {
   int64_t q_stride_head;     // elements
 };
 
-// Of FP8 rows that are found one by one: the tokens of a page table, or rows named by index. Without maps.
+// Of FP8 rows that are named by index. Without maps.
 struct GatherParams {
-  DecodeParams decode;  // sparse: a request is a query, block_table its indices [batch, topk], into the pool's rows
-  const uint16_t* q;    // bf16 [batch, rows, h_kv, d_qk]
+  DecodeParams decode;       // a request is a query, block_table its indices [batch, topk], into the pool's rows
+  const uint16_t* q;         // bf16 [batch, rows, h_kv, d_qk]
   int64_t q_stride_request;  // elements
   int64_t q_stride_row;      // elements
   int64_t q_stride_head;     // elements
   const uint8_t* pool;       // [num_blocks, block_size, h_kv, row]
-  uint32_t block_stride;     // in steps of 16 bytes, of which the pool has fewer than 2^32
-  uint32_t row_stride;       // the same; sparse: of all rows of the pool
-  uint32_t head_stride;      // the same
-  int num_rows;              // of the pool; sparse: other indices name none
+  uint32_t row_stride;       // of all rows of the pool, in steps of 16 bytes, of which it has fewer than 2^32
+  int num_rows;              // of the pool; other indices name none
 };
 
 struct CombineParams {

@@ -24,17 +24,6 @@ struct TileLayout {
   static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
 };
 
-// Written by dense_decode_fp8.cu: each half of the columns by a warpgroup, as they come.
-struct PlainLayout {
-  static constexpr int SCALES = 2;
-  template <int KV_LORA_RANK>
-  static __device__ __forceinline__ constexpr int column(int position) {
-    return position;
-  }
-  static constexpr int DISTANCE = 1;
-  static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
-};
-
 // Written by dense_decode_few.cu: each half of the columns by a warpgroup, 16 of each tile of 64 by a warp.
 struct FewLayout {
   static constexpr int SCALES = 8;
@@ -49,6 +38,20 @@ struct FewLayout {
   static __device__ __forceinline__ constexpr int pair_position(int pair) {
     return pair / VECTOR * (2 * VECTOR) + pair % VECTOR;
   }
+};
+
+// Written by dense_decode_fp8.cu: the same with a lane's columns by twos.
+struct PairLayout {
+  static constexpr int SCALES = 8;
+  template <int KV_LORA_RANK>
+  static __device__ __forceinline__ constexpr int column(int position) {
+    constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;
+    const int half = position / HALF_COLUMNS, warp = position % HALF_COLUMNS / 64;
+    const int lane = position % 64 / VECTOR, i = position % VECTOR;
+    return half * HALF_COLUMNS + i / 2 * 64 + warp * 16 + lane * 2 + i % 2;
+  }
+  static constexpr int DISTANCE = 1;
+  static __device__ __forceinline__ constexpr int pair_position(int pair) { return 2 * pair; }
 };
 
 // The unit for columns of magnitudes up to `top`, and one over it: the largest comes out between 2^14 and 2^15 (fp16

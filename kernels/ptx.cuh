@@ -89,6 +89,11 @@ __device__ __forceinline__ void cp_async_4(uint32_t target, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(from) : "memory");
 }
 
+// Arrives at the barrier when all of this thread's copies so far have ended; its count has this arrival.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the last PENDING groups of this thread's copies have ended.
@@ -216,6 +221,13 @@ __device__ __forceinline__ int thread_index() {
   return value;
 }
 
+// The largest of a warp's numbers, which are not negative.
+__device__ __forceinline__ int reduce_max(int value) {
+  int result;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xFFFFFFFF;" : "=r"(result) : "r"(value));
+  return result;
+}
+
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7F800000); }
@@ -256,14 +268,36 @@ __device__ __forceinline__ float2 unpack_fp16(uint32_t both) {
   return result;
 }
 
-__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   uint32_t result;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
 
-__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+// Four fp16 of two registers as e4m3, in the order of addresses, and 16 times what is left of each: x = high + low
+// / 16. What is too large becomes 448, NaN stays NaN.
+__device__ __forceinline__ void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  asm("{\n.reg .b16 first, second;\n.reg .b32 rest, back, sixteen;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 first, %2;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 second, %3;\n"
+      "mov.b32 %0, {first, second};\n"
+      "mov.b32 sixteen, 0x4C004C00;\n"
+      "cvt.rn.f16x2.e4m3x2 back, first;\n"
+      "sub.rn.f16x2 rest, %2, back;\n"
+      "mul.rn.f16x2 rest, rest, sixteen;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 first, rest;\n"
+      "cvt.rn.f16x2.e4m3x2 back, second;\n"
+      "sub.rn.f16x2 rest, %3, back;\n"
+      "mul.rn.f16x2 rest, rest, sixteen;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 second, rest;\n"
+      "mov.b32 %1, {first, second};\n}"
+      : "=r"(high), "=r"(low)
+      : "r"(a), "r"(b));
+}
+
+// Bytes of two registers, 0 to 3 of `a` and 4 to 7 of `b`, by the four digits of `selector`, the lowest first.
+__device__ __forceinline__ uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
   return result;
 }

@@ -157,8 +157,10 @@ def partial_results(
         scales, half = 8, rank // 2
         column = position // half * half + position % half // 64 * 16  # a half, a warp's 16 of each tile of 64
         column += position % 8 // 2 * 64 + position % 2 * 8 + position % 64 // 8
-    elif layout == "plain":
-        scales, column = 2, position
+    elif layout == "pair":
+        scales, half = 8, rank // 2
+        column = position // half * half + position % half // 64 * 16
+        column += position % 8 // 2 * 64 + position % 2 + position % 64 // 8 * 2
     else:
         scales = 2
         column = position // 16 * 16 + position % 4 // 2 * 8 + position // 4 % 4 * 2 + position % 2
@@ -170,7 +172,7 @@ def partial_results(
 
 
 def do_combine(launch: Launch) -> None:
-    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once. "few", "plain": the order of columns."""
+    """`flash_fwd_mla_combine_kernel_*`; every row of every cut request once. "few", "pair": the order of columns."""
     p = combine_fields(launch)
     form, *layout, _, number = launch.kernel.partition("_kernel_")[2].split("_")
     rank = int(number)

@@ -222,6 +222,13 @@ inline uint32_t __ballot_sync(unsigned, bool vote) {
   __syncwarp();
   return result;
 }
+inline int reduce_max(int value) {
+  const auto values = share((uint32_t)value);
+  int result = value;
+  for (int lane = 0; lane < 32; ++lane) result = max(result, (int)values[lane][0]);
+  __syncwarp();
+  return result;
+}
 inline bool __any_sync(unsigned, bool vote) {
   const auto votes = share(vote);
   bool any = false;
@@ -246,6 +253,8 @@ inline uint8_t* at(uint32_t address) {
 }
 // 128-byte swizzle: of a 1,024-byte pattern, the 16-byte chunk (bits 4..6) is exclusive-ored with the row (bits 7..9).
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// 64-byte swizzle: of a 512-byte pattern, the 16-byte chunk (bits 4..5) with bits 7..8.
+inline uint32_t swizzle64(uint32_t address) { return address ^ (address >> 7 & 3) << 4; }
 
 // Lane l holds elements 2 * (l % 4) and the next of row l / 4 of each 8 x 8 matrix; lane 8 m + r has row r of matrix m.
 inline void ldmatrix_x4(uint32_t (&value)[4], uint32_t address) {
@@ -375,6 +384,17 @@ void cp_async_wait_group() {
   Copies& mine = copies_of[threadIdx.x];
   for (; mine.groups.size() > PENDING; mine.groups.pop_front()) finish(mine.groups.front());
 }
+// Late: together with the thread's copies so far, when nothing else can go on.
+inline void cp_async_mbarrier_arrive(uint64_t& barrier) {
+  if (!loads_are_late) return update(barrier, 1, 0);
+  std::lock_guard<std::mutex> held(lock);
+  ++progress;
+  late_loads.push_back([copies = std::move(copies_of[threadIdx.x].begun), &barrier] {
+    finish(copies);
+    update(barrier, 1, 0);
+  });
+  copies_of[threadIdx.x].begun.clear();
+}
 // A thread that does the late loads until the CTA has ended.
 inline void do_late_loads(const std::atomic<bool>& has_ended) {
   int64_t seen = -1;
@@ -466,6 +486,46 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000); }
 
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
+}
+
+// e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN, the largest is 448.
+inline float from_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  float value = exponent == 0 ? std::ldexp((float)mantissa, -9) : std::ldexp(8.f + mantissa, exponent - 10);
+  if ((code & 0x7F) == 0x7F) value = std::numeric_limits<float>::quiet_NaN();
+  return code & 0x80 ? -value : value;
+}
+// To the nearest, ties to even mantissas; what is too large becomes the largest.
+inline uint8_t to_e4m3(float value) {
+  if (value != value) return 0x7F;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float magnitude = std::fmin(std::fabs(value), 448.f);
+  int exponent = -6;
+  if (magnitude >= 0x1p-6f) std::frexp(magnitude, &exponent), --exponent;
+  const float steps = std::nearbyint(std::ldexp(magnitude, 3 - exponent));  // 0 to 16
+  return sign | (uint8_t)((exponent + 6) * 8 + (int)steps);
+}
+inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  const float2 x = unpack_fp16(a), y = unpack_fp16(b);
+  return pack<false>(x.x * y.x, x.y * y.y);
+}
+inline void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const float2 first = unpack_fp16(a), second = unpack_fp16(b);
+  const float values[4] = {first.x, first.y, second.x, second.y};
+  high = low = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t code = to_e4m3(values[i]);
+    const _Float16 rest = (_Float16)((_Float16)values[i] - (_Float16)from_e4m3(code));
+    high |= (uint32_t)code << 8 * i;
+    low |= (uint32_t)to_e4m3((float)(_Float16)(rest * (_Float16)16)) << 8 * i;
+  }
+}
+
 // --- wgmma ----------------------------------------------------------------------------------------------------------
 
 inline void wgmma_fence() {}
@@ -542,6 +602,61 @@ template <bool IS_BF16, bool IS_A_TRANSPOSED, int REGISTERS>
 void wgmma_m64k16_narrow(float (&d)[REGISTERS], uint64_t a, uint64_t b) {
   const auto from_memory = [&](int row, int k) { return element<IS_BF16>(a, row, k, IS_A_TRANSPOSED); };
   multiply<IS_BF16, 2 * REGISTERS>(d, from_memory, b, false, true);
+}
+
+// e4m3: element (row, k) of a K-major operand in shared memory, 128- or 64-byte swizzle.
+inline float code_at(uint64_t descriptor, int row, int k) {
+  const uint32_t address = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  if (descriptor >> 62 == 1) return from_e4m3(*at(swizzle128(address + row / 8 * stride + row % 8 * 128 + k)));
+  if (descriptor >> 62 == 2) return from_e4m3(*at(swizzle64(address + row / 8 * stride + row % 8 * 64 + k)));
+  return is_stuck = true, 0.f;
+}
+// Of each product and of what has been added up, bits below 2^-13 of the largest are lost, by exponents: a subnormal
+// code has that of the smallest normal one.
+inline int exponent_of(float code) {
+  int exponent = -5;
+  if (std::fabs(code) >= 0x1p-6f) std::frexp(code, &exponent);
+  return exponent - 1;
+}
+template <int N, class A>
+void multiply_codes(float* d, const A& a, uint64_t b, bool accumulate) {
+  ++progress;
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  for (int half = 0; half < 2; ++half) {
+    float row[32];
+    for (int k = 0; k < 32; ++k) row[k] = a(16 * warp + 8 * half + lane / 4, k);
+    for (int n8 = 0; n8 < N / 8; ++n8) {
+      for (int pair = 0; pair < 2; ++pair) {
+        float& sum = d[4 * n8 + 2 * half + pair];
+        float terms[33];
+        int largest = -200;
+        terms[32] = accumulate ? sum : 0.f;
+        if (terms[32] != 0.f) std::frexp(terms[32], &largest), --largest;
+        for (int k = 0; k < 32; ++k) {
+          const float other = code_at(b, 8 * n8 + 2 * (lane % 4) + pair, k);
+          terms[k] = row[k] * other;
+          if (terms[k] != 0.f) largest = std::max(largest, exponent_of(row[k]) + exponent_of(other));
+        }
+        const float unit = std::ldexp(1.f, std::max(largest, -100) - 13);
+        sum = 0.f;
+        for (float term : terms) sum += std::isfinite(term) ? std::trunc(term / unit) * unit : term;
+      }
+    }
+  }
+}
+template <int REGISTERS>
+void wgmma_m64k32_e4m3(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {
+  multiply_codes<2 * REGISTERS>(d, [&](int row, int k) { return code_at(a, row, k); }, b, accumulate);
+}
+// Register r of lane l holds elements k = 16 * (r / 2) + 4 * (l % 4) and the next three of row l / 4 + 8 * (r % 2).
+template <int REGISTERS>
+void wgmma_m64k32_e4m3_registers(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const auto shared = share(a[0], a[1], a[2], a[3]);
+  const auto from_registers = [&](int row, int k) {
+    return from_e4m3((uint8_t)(shared[row % 8 * 4 + k % 16 / 4][k / 16 * 2 + row % 16 / 8] >> k % 4 * 8));
+  };
+  multiply_codes<2 * REGISTERS>(d, from_registers, b, accumulate);
+  __syncwarp();
 }
 
 // --- launch ---------------------------------------------------------------------------------------------------------

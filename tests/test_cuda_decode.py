@@ -767,4 +767,4 @@ def test_constants_are_those_of_the_device_code() -> None:
         assert int(combine_constants[name]) == getattr(host, name)
     layouts = (_build.KERNELS / "partial.cuh").read_text()
     scales = dict(re.findall(r"^struct (\w+)Layout \{\n  static constexpr int SCALES = (\d+);", layouts, re.MULTILINE))
-    assert scales == {"Tile": str(host.TILE_SCALES), "Plain": str(host.TILE_SCALES), "Few": str(host.FEW_SCALES)}
+    assert scales == {"Tile": str(host.TILE_SCALES), "Few": str(host.FEW_SCALES), "Pair": str(host.FEW_SCALES)}

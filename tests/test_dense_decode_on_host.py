@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,20 @@ def host_source(file: str, text: str) -> str:
     )
 
 
-def compiled(file: str, text: str, folder: Path) -> ctypes.CDLL:
-    """A host library of `text`, which is kernels/<file>.cu with a function that runs its kernels."""
+def compiled(
+    file: str, text: str, folder: Path, changed: Mapping[str, Callable[[str], str]] | None = None
+) -> ctypes.CDLL:
+    """A host library of `text`, which is kernels/<file>.cu with a function that runs its kernels.
+
+    `changed`: headers that the host wants in other words.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     for header in _build.KERNELS.glob("*.cuh"):
         shutil.copy(header, folder)
+    for name, change in (changed or {}).items():
+        (folder / name).write_text(change((folder / name).read_text()))
     shutil.copy(HEADERS / "hopper_on_host.h", folder / "ptx.cuh")
     # Descriptors are the kernel's own; the instructions below them are the emulation's.
     wgmma, fence, _ = (

@@ -16,8 +16,8 @@ BUILT_AROUND: dict[str, set[str]] = {
     "combine": {"LDG", "STG"},
     "dense_decode": {"HGMMA", "UTMALDG"},
     "dense_decode_few": {"HGMMA", "UTMALDG"},
-    "dense_decode_few_fp8": {"HGMMA", "UTMALDG", "LDSM"},
-    "dense_decode_fp8": {"HGMMA", "LDGSTS", "LDSM"},
+    "dense_decode_fp8": {"QGMMA", "HGMMA", "LDSM"},
+    "dense_decode_fp8_wide": {"QGMMA", "HGMMA", "LDSM"},
     "plan": {"LDG", "STG"},
     "slots": {"LDG", "STG"},
 }
@@ -85,41 +85,29 @@ def test_decode_of_few_rows_issues_the_matrix_instructions_of_its_arithmetic_and
 
 
 def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
-    """Each consumer: 8 steps of S for each of its two groups of 128 columns and two of the rotated ones; four of O for
-    every 64 of its 256. Codes are read once for S and once, transposed, for O, two steps at a time."""
+    """Per unit 16 steps of S over 32 codes, high and low parts of a consumer's rows at once, and four of the rotated
+    columns; of O two steps for the high and two for the low parts of every 64 columns. A consumer has all columns of
+    its rows, or, of 64 rows, half of them of both consumers' rows. Codes of values are read once."""
     found = 0
     for file, kernel, instructions in shipped():
-        if file != "dense_decode_few_fp8":
+        if not file.startswith("dense_decode_fp8"):
             continue
-        rows = int(kernel.split("_")[-4].removeprefix("few"))
+        is_wide = file == "dense_decode_fp8_wide"
+        rows = 32 if is_wide else int(kernel.split("_")[-4].removeprefix("few"))
         count = Counter(instructions)
-        assert {name: n for name, n in count.items() if name.startswith("HGMMA")} == {
-            f"HGMMA.64x{rows}x16.F32.BF16": 2 * 8 + 2 + 4 * 4
+        assert {name: n for name, n in count.items() if name.startswith(("HGMMA", "QGMMA"))} == {
+            f"QGMMA.64x{2 * rows}x32.F32.E4M3.E4M3": 16,
+            f"HGMMA.64x{rows}x16.F32.BF16": 4,
+            f"QGMMA.64x{rows}x32.F32.E4M3.E4M3": 32,
         }, kernel
-        loads = {name: n for name, n in count.items() if name.startswith("LDSM")}
-        assert loads == {"LDSM.16.M88.4": 2 * 4, "LDSM.16.MT88.4": 4 * 2}, kernel
-        stores = {name: n for name, n in count.items() if name.startswith("STSM")}
-        assert stores == {"STSM.16.MT88.4": 2 * 2 * rows // 16}, kernel
+        tiles = 4 if is_wide else 8  # of 64 columns
+        assert {name: n for name, n in count.items() if name.startswith("LDSM")} == {"LDSM.16.MT88.4": 2 * tiles}
+        assert {name: n for name, n in count.items() if name.startswith("STSM")} == {"STSM.16.MT88.4": rows // 4}
+        loads = "LDGSTS.E.BYPASS.128" if "_sparse_" in kernel else "UTMALDG.5D"
+        assert count[loads] == (4 * 5 + 1 if "_sparse_" in kernel else 3 + 3), kernel
         assert_roles(kernel, instructions, takers=1, givers=1)
         found += 1
-    assert found == 2
-
-
-def test_decode_of_gathered_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
-    """Per unit as dense_decode. A half of a unit's 64 codes per thread become bf16 in two multiplications each two."""
-    found = 0
-    for file, kernel, instructions in shipped():
-        if file != "dense_decode_fp8":
-            continue
-        count = Counter(instructions)
-        products = {name: n for name, n in count.items() if name.startswith("HGMMA")}
-        assert products == {"HGMMA.64x64x16.F32.BF16": 36, "HGMMA.64x256x16.F32.BF16": 2 * 4}, kernel
-        assert (count["LDSM.16.M88.4"], count["STSM.16.M88.4"]) == (30, 4), kernel
-        conversions = 2 * 2  # places: two warpgroups, before the first unit and behind each
-        assert count["HFMA2.BF16_V2"] == conversions * 32, kernel
-        assert_roles(kernel, instructions, takers=1, givers=2)
-        found += 1
-    assert found == 2
+    assert found == 6
 
 
 def assert_roles(kernel: str, instructions: list[str], takers: int, givers: int) -> None:

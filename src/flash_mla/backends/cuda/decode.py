@@ -37,13 +37,12 @@ SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 FEW_ROWS = {16: 230400, 32: 229376}
 FEW_SHAPES = ((512, 64),)
 FEW_BOX_TILES = 3  # a box is a third of a unit
-# kernels/dense_decode_few_fp8.cu: query rows of its kernels -> sizeof(Shared).
-FP8_ROWS = {16: 223232, 32: 215040}
+# Query rows of a CTA over FP8 rows -> sizeof(Shared): kernels/dense_decode_fp8.cu, and dense_decode_fp8_wide.cu for 64.
+FP8_ROWS = {16: 223232, 32: 201728, 64: 195584}
+FEWEST_WIDE_UNITS = 24  # per SM, of 64 indices: fewer are shared by tiles of 32 query rows
 MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
-# sizeof(Shared) of kernels/dense_decode_fp8.cu: FP8 rows for more query rows, and named by index.
-GATHER_BYTES = 229376
-TILE_SCALES, FEW_SCALES = 2, 8  # TileLayout::SCALES and FewLayout::SCALES of kernels/partial.cuh
+TILE_SCALES, FEW_SCALES = 2, 8  # TileLayout::SCALES and FewLayout::SCALES (PairLayout's too) of kernels/partial.cuh
 LOG2_E = math.log2(math.e)
 # How rows are merged, by their number: a CTA of 256 threads per row and 64 columns, 128, or all; beyond that a warp per
 # row. Up to these numbers there are 528 CTAs or fewer at 512 columns: four for each of an H200's 132 SMs, one wave.
@@ -144,9 +143,23 @@ def _fp8_refusals(call: DecodeCall) -> list[str]:
 
 
 def _tiles(call: DecodeCall) -> tuple[int, int]:
-    """(tiles of 64 query rows per latent head, tiles altogether = CTAs per slot)."""
-    row_tiles = -(-call.rows // ROW_TILE)
+    """(tiles of query rows per latent head, tiles altogether = CTAs per slot)."""
+    row_tiles = -(-call.rows // (_fp8_rows(call) if call.fp8 else ROW_TILE))
     return row_tiles, row_tiles * call.h_kv
+
+
+def _fp8_rows(call: DecodeCall) -> int:
+    """Query rows of a CTA over FP8 rows.
+
+    More than 32 rows are done in tiles of 32, twice as many, where a list of indices is too little for tiles of 64:
+    128 heads of one query and 2,048 indices took 19 and 23 us, of 32 queries 73 and 82, of 128 queries 268 and 235.
+    """
+    rows = next((most for most in FP8_ROWS if call.rows <= most), max(FP8_ROWS))
+    if rows == ROW_TILE and call.sparse:
+        units = call.batch * -(-call.max_blocks // PLAN_BLOCK) * -(-call.rows // ROW_TILE)
+        if units < FEWEST_WIDE_UNITS * _num_sms(call.device_index):
+            return ROW_TILE // 2
+    return rows
 
 
 def num_slots(call: DecodeCall) -> int:
@@ -212,8 +225,7 @@ def _form(call: DecodeCall) -> _Form:
     """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if call.fp8:
-        rows = next((rows for rows in FP8_ROWS if call.rows <= rows and not call.sparse), ROW_TILE)
-        return _fp8_form_of(rows, call.sparse, *shape)
+        return _fp8_form_of(_fp8_rows(call), call.sparse, *shape)
     rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
     return _form_of(rows, call.dtype, *shape)
 
@@ -232,13 +244,12 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
 
 @functools.cache
 def _fp8_form_of(rows: int, sparse: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
-    if rows not in FP8_ROWS:
-        name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' if sparse else ''}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
-        merge = f"plain_bf16_{kv_lora_rank}"
-        return _Form("dense_decode_fp8", name, GATHER_BYTES, ROW_TILE, 0, TILE_SCALES, merge)
-    name = f"flash_fwd_splitkv_mla_fp8_kernel_few{rows}_bf16_{kv_lora_rank}_{qk_rope_head_dim}"
-    merge = f"few_bf16_{kv_lora_rank}"
-    return _Form("dense_decode_few_fp8", name, FP8_ROWS[rows], rows, FP8_BOX_TILES, FEW_SCALES, merge)
+    file, few = ("dense_decode_fp8_wide", "") if rows == ROW_TILE else ("dense_decode_fp8", f"few{rows}_")
+    name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' if sparse else ''}{few}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
+    merge = f"pair_bf16_{kv_lora_rank}"
+    # Rows named by index are not moved by boxes.
+    tiles = 0 if sparse else FP8_BOX_TILES
+    return _Form(file, name, FP8_ROWS[rows], rows, tiles, FEW_SCALES, merge)
 
 
 def _fp8_maps(call: DecodeCall, kv_cache: torch.Tensor, box_rows: int) -> tuple[bytes, bytes, bytes]:
@@ -411,8 +422,9 @@ def _prepare(
     queries = (rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
     if form.kv_tiles == 0:
         q_map = kv_map = b""
-        strides = [kv_cache.stride(dim) // 16 for dim in (0, 1, 2)]
-        fp8 = (*queries, kv_cache.data_ptr(), *strides, call.num_blocks * call.block_size)
+        # A pool of pages of one row: they are as far apart as rows are.
+        row_stride = kv_cache.stride(0 if call.block_size == 1 else 1)
+        fp8 = (*queries, kv_cache.data_ptr(), row_stride // 16, call.num_blocks * call.block_size)
     elif call.fp8:
         q_map, kv_map, scale_map = _fp8_maps(call, kv_cache, box_rows)
         fp8 = (scale_map, *queries)

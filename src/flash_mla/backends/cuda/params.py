@@ -76,9 +76,7 @@ GATHER_FIELDS = (
     ("q_stride_row", "q"),
     ("q_stride_head", "q"),
     ("pool", "Q"),
-    ("block_stride", "I"),
     ("row_stride", "I"),
-    ("head_stride", "I"),
     ("num_rows", "i"),
 )
 _fields = "".join(code for _, code in GATHER_FIELDS)
