@@ -77,6 +77,9 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
 };
 inline bool are_fibers = false;
+// The warpgroup whose fibers go on as long as they can before others have a turn, to be ahead wherever it may; < 0:
+// none.
+inline int favoured = -1;
 inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline std::function<void()> of_fiber;
@@ -675,12 +678,19 @@ inline void run_fibers(int threads, const std::function<void()>& function) {
   for (int running = threads; running > 0;) {
     const int64_t before = progress;
     const int running_before = running;
-    for (int thread = 0; thread < threads; ++thread) {
-      if (fibers[thread].has_ended) continue;
-      blockIdx = block, threadIdx = {thread, 0, 0};
-      resume(fibers[thread]);
-      running -= fibers[thread].has_ended;
+    const auto turn = [&](int from, int to) {
+      for (int thread = from; thread < to; ++thread) {
+        if (fibers[thread].has_ended) continue;
+        blockIdx = block, threadIdx = {thread, 0, 0};
+        resume(fibers[thread]);
+        running -= fibers[thread].has_ended;
+      }
+    };
+    for (int64_t seen = -1; favoured >= 0 && seen != progress;) {
+      seen = progress;
+      turn(128 * favoured, 128 * favoured + 128);
     }
+    turn(0, threads);
     if (progress != before || running != running_before) continue;
     if (late_loads.empty()) {
       is_stuck = true;

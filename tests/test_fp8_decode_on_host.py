@@ -65,8 +65,9 @@ def host_source(file: str) -> str:
         for name, (params, arguments) in instantiations(file).items()
     )
     return text + (
-        f'\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers) {{\n'
-        f"  loads_are_late = late;\n  are_fibers = on_fibers;\n{runs}  return 0;\n}}\n"
+        '\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers, '
+        f"int ahead) {{\n"
+        f"  loads_are_late = late;\n  are_fibers = on_fibers;\n  favoured = ahead;\n{runs}  return 0;\n}}\n"
     )
 
 
@@ -91,12 +92,13 @@ class OnHost:
         self.libraries = libraries
         self.loads_are_late = False
         self.are_fibers = True
+        self.favoured = -1
         recorded.run_decode = self.run
 
     def run(self, launch: Launch) -> None:
         name = launch.kernel.encode()
         library = self.libraries["dense_decode_fp8" if b"_few" in name else "dense_decode_fp8_wide"]
-        ended = library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers)
+        ended = library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers, self.favoured)
         assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
 
 
@@ -186,7 +188,17 @@ def test_loads_may_come_in_any_order(num_heads: int, block_size: int, on_host: O
 def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
     """A thread of the host for each of the kernel's, which run as they come."""
     on_host.are_fibers = False
-    problem = fp8(Case("threads", (200, 1, 130), num_heads=num_heads, **SHAPE))
+    problem = fp8(Case("threads", (200, 0, 1, 0, 130), num_heads=num_heads, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2], ids=["first consumer", "second consumer", "producers"])
+@pytest.mark.parametrize("num_heads", [5, 20, 40])
+def test_one_warpgroup_may_be_ahead(num_heads: int, ahead: int, on_host: OnHost) -> None:
+    """As far as barriers let it be: nothing that others still read is overwritten. Requests without tokens have the
+    shortest way to the next item."""
+    on_host.favoured = ahead
+    problem = fp8(Case("ahead", (70, 0, 3, 0, 0, 130, 0), num_heads=num_heads, **SHAPE))
     assert_right(problem, *decode(problem, whole(problem)))
 
 
