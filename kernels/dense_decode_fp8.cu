@@ -33,7 +33,10 @@ struct Shape : Codes<ROWS> {
   static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer) {
     return shared.own[consumer].exchange;
   }
-  static __device__ __forceinline__ void init_others(Memory&) {}
+  static __device__ __forceinline__ void init_others(Memory& shared) {
+    // Of a first item without units, which loads no Q.
+    shared.inverse[0] = shared.inverse[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
 };
 
 // A consumer's own: during an item, and at its end.
@@ -59,8 +62,8 @@ struct alignas(1024) Shared {
   // P_UNITS over the units that scales and O count in, by group: powers of two; or 0, before an item's first.
   float4 inverse[CONSUMERS];
   Row row[S::ROWS];
-  uint16_t named[S::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
-  uint64_t full[CONSUMERS][S::STAGES];        // by consumer, as in dense_decode_few.cu
+  alignas(8) uint16_t named[S::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
+  uint64_t full[CONSUMERS][S::STAGES];                   // by consumer, as in dense_decode_few.cu
   uint64_t empty[S::STAGES];
   Cta cta;
 };

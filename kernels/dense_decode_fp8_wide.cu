@@ -28,7 +28,7 @@ struct Shape : Codes<32> {
   static __device__ __forceinline__ uint8_t* q_rope(Memory& shared, int consumer);
   static __device__ __forceinline__ uint8_t* p(Memory& shared, int consumer, int group);
   static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer);
-  static __device__ __forceinline__ void init_others(Memory&) {}
+  static __device__ __forceinline__ void init_others(Memory& shared);
 };
 using Tile = Shape<false>;  // for what does not depend on how rows are found
 
@@ -52,7 +52,7 @@ struct alignas(1024) Shared {
   float alpha[Tile::TILE_ROWS];   // by which O of a row is multiplied when its reference rises
   float factor[Tile::TILE_ROWS];  // and at the item's end
   Row row[Tile::TILE_ROWS];
-  uint16_t named[Tile::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
+  alignas(8) uint16_t named[Tile::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
   uint64_t full[CONSUMERS][Tile::STAGES];
   uint64_t empty[Tile::STAGES];
   Cta cta;
@@ -73,6 +73,12 @@ __device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::p(Memory& shared, int con
 template <bool IS_SPARSE_>
 __device__ __forceinline__ Exchange& Shape<IS_SPARSE_>::exchange(Memory& shared, int consumer) {
   return shared.exchange[consumer];
+}
+
+template <bool IS_SPARSE_>
+__device__ __forceinline__ void Shape<IS_SPARSE_>::init_others(Memory& shared) {
+  // Of a first item without units, which loads no Q.
+  shared.inverse[0] = shared.inverse[1] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // --- a unit ---------------------------------------------------------------------------------------------------------
@@ -209,7 +215,8 @@ __device__ __forceinline__ void consume(Shared& shared, int stored, int consumer
 // --- an item --------------------------------------------------------------------------------------------------------
 
 // Factors of the rows that the consumer scores to shared memory, their log-sums to memory; what its half of O counts
-// in. Both consumers meet, before and after: the other one may still read the factors of the item before.
+// in. Both consumers meet, before and after: the other one may still read the factors of the item before, for an item
+// without units has no Q at which they meet.
 template <class S>
 __device__ __forceinline__ void finish_sums(const DecodeParams& params, Shared& shared, int consumer, int plan_row,
                                             const float (&sums)[S::COLUMNS], float (&unit)[GROUPS / CONSUMERS]) {

@@ -1,5 +1,5 @@
-// What the kernels for few query rows share, whatever the rows of the cache are made of: who works on which item, what
-// the two consumers have of it, and how they add up and store it at its end.
+// What the kernels that stand tokens on wgmma's 64-row side share, whatever the rows of the cache are made of: who
+// works on which item, what the two consumers have of it, and how they add up and store it at its end.
 //
 // A shape S says how many rows there are (ROWS), how results are rounded (IS_BF16), where its shared memory is (Memory,
 // with the members named below) and what else of it begins there (init_others), who announces a slot (FULL_ARRIVALS)

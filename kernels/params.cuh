@@ -41,7 +41,7 @@ struct DecodeParams {
   int seqlen_q;
   int num_heads;
   int group;      // num_heads / h_kv
-  int row_tiles;  // ceil(seqlen_q * group / 64)
+  int row_tiles;  // ceil(seqlen_q * group / query rows of a CTA)
   int tiles;      // row_tiles * h_kv: CTAs per slot
   int num_slots;
   int block_size;  // tokens

@@ -40,7 +40,7 @@ struct FewLayout {
   }
 };
 
-// Written by dense_decode_fp8.cu: the same with a lane's columns by twos.
+// Written by dense_decode_fp8.cu and dense_decode_fp8_wide.cu: the same with a lane's columns by twos.
 struct PairLayout {
   static constexpr int SCALES = 8;
   template <int KV_LORA_RANK>

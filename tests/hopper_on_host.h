@@ -702,13 +702,16 @@ inline void run_fibers(int threads, const std::function<void()>& function) {
   }
 }
 
-// Returns whether every wait ended and every address was one of shared memory. Shared memory begins as NaN.
+// What shared memory holds when a CTA begins.
+inline uint32_t garbage = 0xFFFFFFFF;
+
+// Returns whether every wait ended and every address was one of shared memory.
 template <class Kernel, class Params>
 bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads) {
   is_stuck = false;
   cta_threads = threads;
   for (int block = 0; block < grid.x * grid.y * grid.z && !is_stuck; ++block) {
-    memset(host_shared, 0xFF, sizeof host_shared);
+    for (uint32_t at = 0; at < SHARED_SIZE; at += 4) memcpy(host_shared + at, &garbage, 4);
     for (Barrier& barrier : named_barriers) barrier.reset();
     for (Barrier& barrier : warp_barriers) barrier.reset();
     for (Barrier& barrier : warpgroup_barriers) barrier.reset();

@@ -66,8 +66,9 @@ def host_source(file: str) -> str:
     )
     return text + (
         '\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers, '
-        f"int ahead) {{\n"
-        f"  loads_are_late = late;\n  are_fibers = on_fibers;\n  favoured = ahead;\n{runs}  return 0;\n}}\n"
+        f"int ahead, uint32_t left) {{\n"
+        "  loads_are_late = late;\n  are_fibers = on_fibers;\n  favoured = ahead;\n  garbage = left;\n"
+        f"{runs}  return 0;\n}}\n"
     )
 
 
@@ -93,12 +94,14 @@ class OnHost:
         self.loads_are_late = False
         self.are_fibers = True
         self.favoured = -1
+        self.garbage = 0xFFFFFFFF
         recorded.run_decode = self.run
 
     def run(self, launch: Launch) -> None:
         name = launch.kernel.encode()
         library = self.libraries["dense_decode_fp8" if b"_few" in name else "dense_decode_fp8_wide"]
-        ended = library.run(name, launch.params, launch.grid[0], self.loads_are_late, self.are_fibers, self.favoured)
+        how = (self.loads_are_late, self.are_fibers, self.favoured, ctypes.c_uint32(self.garbage))
+        ended = library.run(name, launch.params, launch.grid[0], *how)
         assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
 
 
@@ -199,6 +202,15 @@ def test_one_warpgroup_may_be_ahead(num_heads: int, ahead: int, on_host: OnHost)
     shortest way to the next item."""
     on_host.favoured = ahead
     problem = fp8(Case("ahead", (70, 0, 3, 0, 0, 130, 0), num_heads=num_heads, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
+@pytest.mark.parametrize("garbage", [0xFF800000, 0x7F7F7F7F], ids=["-inf", "3e38"])
+@pytest.mark.parametrize("num_heads", [5, 20, 40])
+def test_what_shared_memory_held_before(num_heads: int, garbage: int, on_host: OnHost) -> None:
+    """The first request has no tokens: nothing is computed before its zeros are stored."""
+    on_host.garbage = garbage
+    problem = fp8(Case("garbage", (0, 70, 0), num_heads=num_heads, **SHAPE))
     assert_right(problem, *decode(problem, whole(problem)))
 
 

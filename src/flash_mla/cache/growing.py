@@ -32,10 +32,10 @@ class GrowingState(PagedState):
     """
 
     seen: int
+    _was_capturing = False  # in the forward before
 
     def __init__(self, batch: int, block_size: int, device: torch.device, prompt_repeats: int = 1) -> None:
         super().__init__(batch, block_size, device)
-        self._was_capturing = False  # in the forward before
         self._empty(batch, prompt_repeats, num_blocks=1)
 
     def _empty(self, batch: int, prompt_repeats: int, num_blocks: int) -> None:

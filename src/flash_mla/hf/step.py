@@ -63,7 +63,7 @@ class Step:
     def fits(self, module: Any, layer: PagedLatentLayer, query: torch.Tensor, new: Latents) -> bool:
         """Whether this is still how the layer's step goes: nothing was hooked, adapted, grown or given anew."""
         linear = self.linear()
-        if linear is None or module.kv_b_proj is not linear or type(linear) is not nn.Linear:
+        if linear is None or module.kv_b_proj is not linear or type(linear) is not nn.Linear or debug.is_on():
             return False
         weight = linear._parameters.get("weight")  # pruning and weight norms take it out
         return (
@@ -142,7 +142,7 @@ def _place_in_time(query: torch.Tensor) -> tuple[int, bool]:
 def _buffer(state: PagedState, query: torch.Tensor, kv_lora_rank: int, d_qk: int) -> Query:
     batch, num_heads, seqlen_q, _ = query.shape
     stream, is_capturing = _place_in_time(query)
-    key = (batch, seqlen_q, num_heads, d_qk, query.dtype, stream)
+    key = (batch, seqlen_q, num_heads, kv_lora_rank, d_qk, query.dtype, stream)
     found = state.buffers.get(key)
     if isinstance(found, Query) and not is_capturing:
         return found
@@ -237,8 +237,9 @@ def _attend(step: Step, query: torch.Tensor, new: Latents, plan: ops.SplitPlan |
     assert state is not None
     if plan is not None:
         if step.launches_for != (plan.num_slots, scaling):
-            step.launches_for = (plan.num_slots, scaling)
+            step.launches_for = step.launches = None  # should the next line raise
             step.launches = _launches(step, query, new, plan, scaling)
+            step.launches_for = (plan.num_slots, scaling)
         launches = step.launches
         if launches is not None:
             q_rope = query.data_ptr() + nope * query.element_size() * query.stride(3)

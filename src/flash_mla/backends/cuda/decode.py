@@ -172,7 +172,7 @@ def workspace_bytes(call: DecodeCall, slots: int) -> int:
     """Bytes of partial results: two per slot, each kv_lora_rank fp16, a log-sum and the fp32 scales per query row.
 
     From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 1,036 bytes (17 MiB)
-    on an H200, or 2 * 132 * 32 of 1,060 where rows are few.
+    on an H200, of 1,060 over FP8 rows, or 2 * 132 * 32 of 1,060 where rows are few.
     """
     return 2 * slots * call.seqlen_q * call.num_heads * (2 * call.kv_lora_rank + 4 * (1 + _form(call).scales))
 
