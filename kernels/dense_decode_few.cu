@@ -15,8 +15,7 @@
 //   full[consumer][slot]      pages -> the unit's consumer
 //   empty[slot]               the unit's consumer -> pages
 //   q_full, q_empty           Q of an item: Q's warp -> both consumers -> Q's warp
-// docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (One file of 450 lines: producers,
-// consumers and their barriers are one protocol, read together or not at all.)
+// docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
 #include "few_rows.cuh"
 
 constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns

@@ -7,7 +7,7 @@ out or excused, and said:
 
 - initcheck is not offered: kernels read whole boxes of the pool by design, and what lies past a length is never
   initialised.
-- racecheck watches all kernels but the two that decode. Of those it knows neither of two things that they are built on:
+- racecheck watches all kernels but those that decode. Of these it knows neither of two things that they are built on:
   one lane that arrives at an mbarrier for its warp, after __syncwarp, and a named barrier that two warpgroups share,
   each having passed another number of barriers before. (A kernel of three warpgroups that does only the latter, in
   thirty lines without a race, is reported too: compute-sanitizer of CUDA 13.0.)

@@ -230,7 +230,7 @@ def test_every_code_and_scales_far_apart(num_heads: int, on_host: OnHost) -> Non
 
 
 @pytest.mark.parametrize("num_heads", [4, 40])
-def test_subnormal_codes_alone(num_heads: int, on_host: OnHost) -> None:
+def test_subnormal_codes_lose_no_more_than_their_bits(num_heads: int, on_host: OnHost) -> None:
     """Latents of nothing but 2^-9, the smallest code, under scales of 2^9: all ones; see test_fp8_gpu.py."""
     for length, allowed in ((1, 0.0), (70, 32 * 2.0**-10)):
         problem = fp8(Case("subnormal", (length,), num_heads=num_heads, **SHAPE))

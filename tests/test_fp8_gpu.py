@@ -95,6 +95,17 @@ def test_every_code_and_scales_far_apart() -> None:
 
 
 def test_subnormal_codes_alone() -> None:
+    """A latent of nothing but 2^-9, the smallest code, under a scale of 2^9: all ones."""
+    problem = make(Case("subnormal", (70,), num_heads=4, **SHAPE), torch.bfloat16)
+    for page in problem.block_table[0, :2].tolist():
+        problem.kv_cache[page, :, :, :512] = 1
+        problem.kv_cache[page, :, :, 512:528] = torch.full((4,), 512.0).view(torch.uint8).to("cuda")
+    out, lse = run(problem)
+    assert bool((out == 1).all())
+    assert_right(problem, out, lse)
+
+
+def test_subnormal_codes_lose_no_more_than_their_bits() -> None:
     """Latents of nothing but 2^-9, the smallest code, under a scale of 2^9: all ones, to the bit where there is one
     token. Sums of e4m3 products keep bits down to 2^-13 of the largest as if its codes were normal: of these, whose
     products begin three bits further down, 2^-10 of the largest P may be lost with each of 32 tokens. (No writer makes

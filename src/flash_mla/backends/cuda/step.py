@@ -35,14 +35,12 @@ class StepLaunches:
     """Launches on one stream, for tensors of the same shapes, strides and dtypes, on one pool and into one query.
 
     Attributes:
-        made_for: number of slots of the plan, multiplier of the scores.
         results: what `run` leaves its results in.
         append, decode, merge: in this order; no merge where nothing can be cut.
         pool, columns: addresses of the pool, and of the rotated columns of the query that decode reads.
         pointers: addresses of out, lse, partial results and their log-sums.
     """
 
-    made_for: tuple[int, float]
     device_index: int
     results: Results
     append: driver.Launch
@@ -122,7 +120,6 @@ def ready_step(
     append = driver.Launch(driver.function(device_index, "append", name), grid, threads, 0, stream, params)
     partial = (results.workspace.data_ptr(), results.workspace.data_ptr() + prepared.sums_offset)
     return StepLaunches(
-        made_for=(num_slots, softmax_scale),
         device_index=device_index,
         results=results,
         append=append,
