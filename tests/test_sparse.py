@@ -206,6 +206,41 @@ def test_result_of_the_compiled_kernel(case: Case) -> None:
     assert_right(problem, *problem.run("cuda"))  # lengths and plan are kept
 
 
+@needs_hopper
+@pytest.mark.parametrize("has_lengths", [True, False], ids=["lengths", "all"])
+@pytest.mark.parametrize(
+    ("num_heads", "batch", "topk"),
+    # The last: 52 queries x 32 x 2 tiles = 3,328 units of work, enough for tiles of 64 query rows on 132 SMs.
+    [(16, 3, 300), (32, 3, 300), (128, 3, 300), (128, 26, 2048)],
+    ids=["16 heads", "32 heads", "128 heads", "128 heads, tiles of 64"],
+)
+def test_the_compiled_kernel_in_a_graph(num_heads: int, batch: int, topk: int, has_lengths: bool) -> None:
+    """A replay attends to what the captured tensors hold then: other queries, rows, sinks, -1 and lengths.
+
+    Catches what was read once, at capture, and kept: a plan of other lengths, a list that the host looked at, memory
+    that the graph does not own (the calls between replays take it).
+    """
+    case = Case("graph", topk, batch, 2, num_heads, kv_lora_rank=512, qk_rope_head_dim=64, sinks=True, fp8=True)
+    # By request: all, none, one, and around the 64 indices that the kernel takes at a time.
+    turns = ((0.8, (topk, 0, 1)), (0.1, (65, topk, 63)), (1.0, (0, 64, topk)), (0.0, (topk, 7, 0)))
+    others = []
+    for seed, (visible, lengths) in enumerate(turns):
+        of_requests = tuple(lengths[request % 3] for request in range(batch)) if has_lengths else None
+        others.append(make(dataclasses.replace(case, visible=visible, topk_length=of_requests), torch.bfloat16, seed))
+    problem = make(others[0].case, torch.bfloat16)
+    problem.run("cuda")  # kernels are loaded
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = problem.run("cuda")
+    for other in (*others, others[0]):
+        for name in ("q", "kv_cache", "indices", "attn_sink", *(["topk_length"] if has_lengths else [])):
+            getattr(problem, name).copy_(getattr(other, name))
+        graph.replay()
+        assert_right(other, out, lse)
+        assert_right(other, *other.run("cuda"))
+
+
 @BY_BACKEND
 def test_a_row_named_twice_counts_twice(backend: str, dtype: torch.dtype) -> None:
     problem = make(Case("twice", 64, visible=1.0, batch=1), dtype)

@@ -42,7 +42,7 @@ class Family:
     """
 
     module: str
-    config: Callable[[Any], Any]
+    config: Callable[..., Any]
     model_class: str
     text_type: str
     paged: int
@@ -211,8 +211,9 @@ def _dots3_note(m: Any, use_dsa: bool) -> Any:
     )
 
 
-def _deepseek_v32(m: Any) -> Any:
-    return m.DeepseekV32Config(**TEXT, **MOE, **MLA, **DSA, num_hidden_layers=3, first_k_dense_replace=2)
+def _deepseek_v32(m: Any, **more: Any) -> Any:
+    options = {**TEXT, **MOE, **MLA, **DSA, "num_hidden_layers": 3, "first_k_dense_replace": 2, **more}
+    return m.DeepseekV32Config(**options)
 
 
 def _glm_moe_dsa(m: Any) -> Any:
@@ -232,8 +233,9 @@ def _axk2(m: Any) -> Any:
     return m.AXK2Config(**TEXT, **MOE, **MLA, **DSA, num_hidden_layers=3, gated_norm_rank=8)
 
 
-def _hy_v4(m: Any) -> Any:
-    return m.HYV4Config(**TEXT, **MOE, **MLA, **DSA, num_hidden_layers=3, indexer_types=["full", "shared", "full"])
+def _hy_v4(m: Any, **more: Any) -> Any:
+    options = {**TEXT, **MOE, **MLA, **DSA, "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"], **more}
+    return m.HYV4Config(**options)
 
 
 def _mistral_large4(m: Any) -> Any:
