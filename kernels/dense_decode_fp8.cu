@@ -3,7 +3,7 @@
 //
 // Two consumer warpgroups take an item's units by turns, each with its own O, maximum and sums, and add both up at the
 // item's end; they also load Q, a few rows per warp, at its beginning. The third warpgroup loads units: by TMA, one
-// thread; rows named by index with `cp.async`, 16 rows per warp. Barriers:
+// thread; rows named by index one by one, a lane each. Barriers:
 //   full[consumer][slot]      unit -> its consumer
 //   empty[slot]               the unit's consumer -> producers
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
@@ -15,23 +15,30 @@ struct Shared;
 template <int ROWS, int STAGES_, bool IS_SPARSE_>
 struct Shape : Codes<ROWS> {
   using Memory = Shared<Shape>;
+  using Unit = typename UnitOf<IS_SPARSE_>::Type;
   static constexpr int TILE_ROWS = ROWS;
   static constexpr int STAGES = STAGES_;  // units
   static constexpr bool TURNS = true;
   static constexpr bool IS_SPARSE = IS_SPARSE_;
-  // Of the threads that copy rows and their warps' words of names; or of the thread that loads pages.
-  static constexpr int FULL_ARRIVALS = IS_SPARSE ? WARPGROUP + PRODUCER_WARPS : 1;
+  static constexpr int FULL_ARRIVALS = IS_SPARSE ? PRODUCER_WARPS : 1;  // of warps that copy rows; of who loads pages
   static constexpr int EMPTY_ARRIVALS = WARPGROUP / 32;
-  // Groups whose sums of products are under way at once: as many as there are registers for.
-  static constexpr int S_PARTS = ROWS == 16 ? GROUPS : IS_SPARSE ? 2 : 1;
+  // Out of pages: groups whose sums of products are under way at once, as many as there are registers for.
+  static constexpr int S_PARTS = ROWS == 16 ? GROUPS : 2;
+  static constexpr int V_PARTS = ROWS == 16 ? 3 : 2;                // products of values under way at once
+  static constexpr int CONSUMER_REGISTERS = IS_SPARSE ? 240 : 232;  // a thread that loads pages needs more than 24
   static_assert(STAGES > CONSUMERS);
   static __device__ __forceinline__ uint8_t* q(Memory& shared, int) { return shared.q[0]; }
   static __device__ __forceinline__ uint8_t* q_rope(Memory& shared, int) { return shared.q_rope; }
-  static __device__ __forceinline__ uint8_t* p(Memory& shared, int consumer, int group) {
-    return shared.own[consumer].p[group];
+  // P of the first groups is a consumer's own, that of the others, out of pages, lies over its unit's rotated keys.
+  static constexpr int OWN_P = IS_SPARSE ? GROUPS : GROUPS - TILE_BYTES / Codes<ROWS>::P_TILE_BYTES;
+  static __device__ __forceinline__ uint8_t* p(Memory& shared, int slot, int consumer, int group) {
+    if constexpr (!IS_SPARSE) {
+      if (group >= OWN_P) return shared.ring[slot].k_rope + (group - OWN_P) * Codes<ROWS>::P_TILE_BYTES;
+    }
+    return shared.p[consumer] + group * Codes<ROWS>::P_TILE_BYTES;
   }
   static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer) {
-    return shared.own[consumer].exchange;
+    return shared.exchange[consumer];
   }
   static __device__ __forceinline__ void init_others(Memory& shared) {
     // Of a first item without units, which loads no Q.
@@ -39,19 +46,18 @@ struct Shape : Codes<ROWS> {
   }
 };
 
-// A consumer's own: during an item, and at its end.
-template <class S>
-union alignas(1024) Own {
-  uint8_t p[GROUPS][S::P_TILE_BYTES];  // P times a group's scales; 64-byte swizzle
-  Exchange exchange;
-};
-
 template <class S>
 struct alignas(1024) Shared {
-  Unit ring[S::STAGES];                // first: unit_address counts from the start
-  uint8_t q[GROUPS][S::Q_TILE_BYTES];  // 128-byte swizzle
-  uint8_t q_rope[S::Q_ROPE_BYTES];
-  Own<S> own[CONSUMERS];
+  typename S::Unit ring[S::STAGES];  // first: unit_address counts from the start
+  union alignas(1024) {
+    struct {
+      uint8_t q[GROUPS][S::Q_TILE_BYTES];  // 128-byte swizzle
+      uint8_t q_rope[S::Q_ROPE_BYTES];
+    };
+    Exchange exchange[CONSUMERS];  // at an item's end
+  };
+  // P times a group's scales; 64-byte swizzle. (No array is empty.)
+  alignas(1024) uint8_t p[CONSUMERS][S::OWN_P == 0 ? 1 : S::OWN_P * S::P_TILE_BYTES];
   float4 top[CONSUMERS][S::ROWS];               // maxima of a unit, of each warp's tokens
   float4 sum[CONSUMERS][S::ROWS];               // of an item
   float4 top_scale[CONSUMERS][WARPGROUP / 32];  // of each warp's tokens, by group
@@ -108,53 +114,31 @@ __device__ __forceinline__ void rescale(Shared<S>& shared, int consumer, bool is
 // P of a unit's scores, and its sums; O and the sums are multiplied where a score or a scale rises far above what they
 // count in.
 template <class S>
-__device__ __forceinline__ void probabilities(Shared<S>& shared, int consumer, float (&s)[S::ROWS / 2],
+__device__ __forceinline__ void probabilities(Shared<S>& shared, int slot, int consumer, float (&s)[S::ROWS / 2],
                                               const float (&scales)[2][GROUPS], Result<S>& result) {
   const float4 all = shared.inverse[consumer];
   float inverse[GROUPS] = {all.x, all.y, all.z, all.w};
   const bool is_first = all.x == 0.f;
   const bool is_above = is_first || exceeds<S>(s, scales, inverse);
-  // Also: all warps have finished the wgmmas that read the P before.
+  // Also: all warps have finished the wgmmas that read the P before, and this unit's rotated keys, over which P of the
+  // last groups is stored.
   if (bar_red_or(BARRIER_CONSUMER + consumer, WARPGROUP, is_above)) {
     rescale<S>(shared, consumer, is_first, s, scales, inverse, result);
   }
-  store_p<S>(shared, consumer, s, scales, inverse, result.sum);
+  store_p<S>(shared, slot, consumer, s, scales, inverse, result.sum);
   // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
   // tensor core may read stale bytes: wrong numbers, no error.
   fence_proxy_async();
   bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);
 }
 
-// Adds a unit's values times P to O. Of the high and the low parts one is multiplied while the other is added.
+// Adds a unit's values times P to O.
 template <class S>
 __device__ __forceinline__ void add_values(Shared<S>& shared, int slot, int consumer, Result<S>& result) {
-  const uint32_t unit = unit_address(slot);
-  const uint64_t p_high = matrix_descriptor(shared_address(S::p(shared, consumer, 0)), 0, 512, Swizzle::B64);
-  const uint64_t p_low = advance(p_high, S::P_TILE_BYTES / 2);
-  float high[S::ROWS / 2], low[S::ROWS / 2];
-  uint32_t codes[2][2][4];
-  load_values(unit, 0, codes[0]);
-  begin_part(high, codes[0], p_high);
-  begin_part(low, codes[0], p_low);
-#pragma unroll
-  for (int tile = 0; tile < V_TILES; ++tile) {
-    const bool is_last = tile + 1 == V_TILES;
-    const int next_p = (tile + 1) / GROUP_TILES * S::P_TILE_BYTES;
-    auto& next = codes[(tile + 1) % 2];
-    if (!is_last) load_values(unit, tile + 1, next);
-    wgmma_wait_group<1>();
-#pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) result.o[tile][i] += high[i];
-    if (!is_last) begin_part(high, next, advance(p_high, next_p));
-    if (is_last) {
-      wgmma_wait_group<0>();
-    } else {
-      wgmma_wait_group<1>();
-    }
-#pragma unroll
-    for (int i = 0; i < S::ROWS / 2; ++i) result.o[tile][i] = __fmaf_rn(low[i], LOW_UNIT, result.o[tile][i]);
-    if (!is_last) begin_part(low, next, advance(p_low, next_p));
-  }
+  const auto p_of = [&](int group) {
+    return matrix_descriptor(shared_address(S::p(shared, slot, consumer, group)), 0, 512, Swizzle::B64);
+  };
+  add_parts<S>(unit_address(slot), p_of, result.o);
 }
 
 // One unit: S^T, P^T and O^T; `stored` tokens of the request from its first one on.
@@ -171,12 +155,14 @@ __device__ __forceinline__ void consume(Shared<S>& shared, int stored, int consu
     float s[S::ROWS / 2], scales[2][GROUPS];
     score<S>(shared, slot, consumer, s);
     tokens.load_scales(shared.ring[slot], scales);
-    if (!S::IS_SPARSE && stored < BLOCK_N) {
-      bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);  // all warps have finished S^T, which reads these rows
-      clear_rows<GROUPS>(shared.ring[slot], 0, stored);
+    if constexpr (!S::IS_SPARSE) {
+      if (stored < BLOCK_N) {
+        bar_sync(BARRIER_CONSUMER + consumer, WARPGROUP);  // all warps have finished S^T, which reads these rows
+        clear_rows<GROUPS>(shared.ring[slot], 0, stored);
+      }
     }
     count_scores<S>(shared, consumer, stored, tokens, s);
-    probabilities<S>(shared, consumer, s, scales, result);
+    probabilities<S>(shared, slot, consumer, s, scales, result);
     add_values<S>(shared, slot, consumer, result);
   }
   __syncwarp();
@@ -190,14 +176,14 @@ __device__ __forceinline__ void consumer_role(const Params& fp8, Shared<S>& shar
   const DecodeParams& params = fp8.decode;
   uint32_t number = 0;  // of the next unit, among all of the CTA
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
-    int units_left, behind;  // tokens of the request behind the item's last unit; < 0: what that one lacks
+    int units_left, stored;  // tokens of the request from the next unit's first one on
     {
       const Cta cta = now(shared);
       const Item item = load_item(params, plan_row);
       if (item.request < 0) break;
       if (item.num_units > 0) take_queries<S>(fp8, shared, cta, item.request, consumer);
       units_left = item.num_units;
-      behind = item.length - (item.first_unit + units_left) * BLOCK_N;
+      stored = item.length - item.first_unit * BLOCK_N;
     }
     Result<S> result;
 #pragma unroll
@@ -207,9 +193,9 @@ __device__ __forceinline__ void consumer_role(const Params& fp8, Shared<S>& shar
     }
 #pragma unroll
     for (int i = 0; i < S::COLUMNS; ++i) result.sum[i] = 0.f;
-    for (; units_left > 0; --units_left, ++number) {
+    for (; units_left > 0; --units_left, ++number, stored -= BLOCK_N) {
       if (number % CONSUMERS != consumer) continue;
-      consume<S>(shared, behind + units_left * BLOCK_N, consumer, number, result);
+      consume<S>(shared, stored, consumer, number, result);
     }
     const float4 all = shared.inverse[consumer];
     const float inverse[GROUPS] = {all.x, all.y, all.z, all.w};
@@ -243,6 +229,6 @@ __device__ __forceinline__ void decode(const Params& fp8) {
   }
 
 DECODE_KERNEL(few16_bf16_512_64, Fp8DecodeParams, 16, 4, false)
-DECODE_KERNEL(few32_bf16_512_64, Fp8DecodeParams, 32, 3, false)
+DECODE_KERNEL(few32_bf16_512_64, Fp8DecodeParams, 32, 4, false)
 DECODE_KERNEL(sparse_few16_bf16_512_64, GatherParams, 16, 4, true)
 DECODE_KERNEL(sparse_few32_bf16_512_64, GatherParams, 32, 3, true)

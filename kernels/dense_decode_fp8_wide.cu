@@ -7,26 +7,30 @@
 // The third warpgroup loads units as in dense_decode_fp8.cu. Barriers:
 //   full[0][slot]     unit -> both consumers
 //   empty[slot]       both consumers -> producers
-// and a named one where the consumers meet: before P is written, for all have read the P before, and behind it.
-// docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
+// and a named one where the consumers meet: before P is written, for all have read the P before and the rotated keys,
+// and behind it. docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
 #include "fp8_rows.cuh"
 
+template <class S>
 struct Shared;
 
 template <bool IS_SPARSE_>
 struct Shape : Codes<32> {
-  using Memory = Shared;
+  using Memory = Shared<Shape>;
+  using Unit = typename UnitOf<IS_SPARSE_>::Type;
   static constexpr int TILE_ROWS = CONSUMERS * ROWS;
-  static constexpr int STAGES = 2;  // units
+  static constexpr int STAGES = IS_SPARSE_ ? 2 : 3;  // units
   static constexpr bool TURNS = false;
   static constexpr bool IS_SPARSE = IS_SPARSE_;
-  // Of the threads that copy rows and their warps' words of names; or of the thread that loads pages.
-  static constexpr int FULL_ARRIVALS = IS_SPARSE ? WARPGROUP + PRODUCER_WARPS : 1;
+  static constexpr int FULL_ARRIVALS = IS_SPARSE ? PRODUCER_WARPS : 1;  // of warps that copy rows; of who loads pages
   static constexpr int EMPTY_ARRIVALS = CONSUMER_WARPS;
   static constexpr int S_PARTS = 2;
+  static constexpr int OWN_P = IS_SPARSE ? GROUPS : GROUPS - 1;  // that of the last group lies over rotated keys
+  static constexpr int V_PARTS = 3;                              // products of values under way at once
+  static constexpr int CONSUMER_REGISTERS = 232;
   static __device__ __forceinline__ uint8_t* q(Memory& shared, int consumer);
   static __device__ __forceinline__ uint8_t* q_rope(Memory& shared, int consumer);
-  static __device__ __forceinline__ uint8_t* p(Memory& shared, int consumer, int group);
+  static __device__ __forceinline__ uint8_t* p(Memory& shared, int slot, int consumer, int group);
   static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer);
   static __device__ __forceinline__ void init_others(Memory& shared);
 };
@@ -34,17 +38,20 @@ using Tile = Shape<false>;  // for what does not depend on how rows are found
 
 constexpr int O_ACCUMULATORS = Tile::TILE_ROWS / 2;  // of a thread, in a tile of 64 columns
 
+template <class S>
 struct alignas(1024) Shared {
-  Unit ring[Tile::STAGES];                           // first: unit_address counts from the start
-  uint8_t q[CONSUMERS][GROUPS][Tile::Q_TILE_BYTES];  // 128-byte swizzle
-  uint8_t q_rope[CONSUMERS][Tile::Q_ROPE_BYTES];
+  typename S::Unit ring[S::STAGES];  // first: unit_address counts from the start
   union alignas(1024) {
-    uint8_t p[GROUPS][CONSUMERS][Tile::P_TILE_BYTES];  // P times a group's scales; 64-byte swizzle
-    Exchange exchange[CONSUMERS];                      // at an item's end
+    struct {
+      uint8_t q[CONSUMERS][GROUPS][Tile::Q_TILE_BYTES];  // 128-byte swizzle
+      uint8_t q_rope[CONSUMERS][Tile::Q_ROPE_BYTES];
+    };
+    Exchange exchange[CONSUMERS];  // at an item's end
   };
-  float4 top[CONSUMERS][Tile::ROWS];            // maxima of a unit, of each warp's tokens
-  float4 sum[CONSUMERS][Tile::ROWS];            // of an item
-  float4 top_scale[CONSUMERS][WARPGROUP / 32];  // of each warp's tokens, by group
+  alignas(1024) uint8_t p[S::OWN_P][CONSUMERS][Tile::P_TILE_BYTES];  // P times a group's scales; 64-byte swizzle
+  float4 top[CONSUMERS][Tile::ROWS];                                 // maxima of a unit, of each warp's tokens
+  float4 sum[CONSUMERS][Tile::ROWS];                                 // of an item
+  float4 top_scale[CONSUMERS][WARPGROUP / 32];                       // of each warp's tokens, by group
   // softmax_scale_log2 times what the row of Q was divided by; the reference of its maxima (log2).
   float2 from[CONSUMERS][Tile::ROWS];
   // P_UNITS over the units that scales and O count in, by group: powers of two; or 0, before an item's first.
@@ -52,9 +59,9 @@ struct alignas(1024) Shared {
   float alpha[Tile::TILE_ROWS];   // by which O of a row is multiplied when its reference rises
   float factor[Tile::TILE_ROWS];  // and at the item's end
   Row row[Tile::TILE_ROWS];
-  alignas(8) uint16_t named[Tile::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
-  uint64_t full[CONSUMERS][Tile::STAGES];
-  uint64_t empty[Tile::STAGES];
+  alignas(8) uint16_t named[S::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
+  uint64_t full[CONSUMERS][S::STAGES];
+  uint64_t empty[S::STAGES];
   Cta cta;
 };
 
@@ -67,7 +74,10 @@ __device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::q_rope(Memory& shared, in
   return shared.q_rope[consumer];
 }
 template <bool IS_SPARSE_>
-__device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::p(Memory& shared, int consumer, int group) {
+__device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::p(Memory& shared, int slot, int consumer, int group) {
+  if constexpr (!IS_SPARSE) {
+    if (group >= OWN_P) return shared.ring[slot].k_rope + consumer * Tile::P_TILE_BYTES;
+  }
   return shared.p[group][consumer];
 }
 template <bool IS_SPARSE_>
@@ -93,7 +103,7 @@ __device__ __forceinline__ int tile_row(int i) {
 
 // Counts references and the units of scales anew, so that neither is exceeded; what was added up so far, too.
 template <class S>
-__device__ __forceinline__ void rescale(Shared& shared, int consumer, bool is_first, float (&s)[S::ROWS / 2],
+__device__ __forceinline__ void rescale(Shared<S>& shared, int consumer, bool is_first, float (&s)[S::ROWS / 2],
                                         const float (&scales)[2][GROUPS], float (&inverse)[GROUPS], Values& o,
                                         float (&sum)[S::COLUMNS]) {
   const bool is_writer = thread_index() % WARPGROUP < 4;  // of what all threads of the consumer know
@@ -140,57 +150,38 @@ __device__ __forceinline__ void rescale(Shared& shared, int consumer, bool is_fi
 // P of a unit's scores, and its sums; O and the sums are multiplied where a score or a scale rises far above what they
 // count in.
 template <class S>
-__device__ __forceinline__ void probabilities(Shared& shared, int consumer, float (&s)[S::ROWS / 2],
+__device__ __forceinline__ void probabilities(Shared<S>& shared, int slot, int consumer, float (&s)[S::ROWS / 2],
                                               const float (&scales)[2][GROUPS], Values& o, float (&sum)[S::COLUMNS]) {
   const float4 all = shared.inverse[consumer];
   float inverse[GROUPS] = {all.x, all.y, all.z, all.w};
   const bool is_first = all.x == 0.f;
   const bool is_above = is_first || exceeds<S>(s, scales, inverse);
-  // Also: all warps have finished the wgmmas that read the P before.
+  // Also: all warps have finished the wgmmas that read the P before, and this unit's rotated keys, over which P of the
+  // last group is stored: both consumers' warps.
   if (bar_red_or(BARRIER_BOTH, CONSUMERS * WARPGROUP, is_above)) {
     rescale<S>(shared, consumer, is_first, s, scales, inverse, o, sum);
   }
-  store_p<S>(shared, consumer, s, scales, inverse, sum);
+  store_p<S>(shared, slot, consumer, s, scales, inverse, sum);
   // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
   // tensor core may read stale bytes: wrong numbers, no error.
   fence_proxy_async();
   bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
 }
 
-// Adds a unit's values times P to the consumer's half of O: for each tile the high and the low parts of P of either
-// consumer's rows; while one is multiplied the one before is added.
+// Adds a unit's values times P to the consumer's half of O, for either consumer's rows.
 template <class S>
-__device__ __forceinline__ void add_values(Shared& shared, int slot, int consumer, Values& o) {
-  constexpr int OWN_GROUPS = GROUPS / CONSUMERS, PARTS = HALF_TILES * CONSUMERS * 2;
-  const uint32_t unit = unit_address(slot) + consumer * (OWN_GROUPS * TILE_BYTES);
-  const uint64_t p = matrix_descriptor(shared_address(shared.p[consumer * OWN_GROUPS]), 0, 512, Swizzle::B64);
-  float part[2][S::ROWS / 2];
-  uint32_t codes[2][2][4];
-  load_values(unit, 0, codes[0]);
-  begin_part(part[0], codes[0], p);
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
-    const int tile = i / (2 * CONSUMERS), rows = i / 2 % CONSUMERS;
-    if (i + 1 < PARTS) {
-      const int next = (i + 1) / (2 * CONSUMERS), next_rows = (i + 1) % (2 * CONSUMERS);
-      const int offset = next / GROUP_TILES * CONSUMERS * S::P_TILE_BYTES + next_rows * (S::P_TILE_BYTES / 2);
-      if (next_rows == 0) load_values(unit, next, codes[next % 2]);
-      begin_part(part[(i + 1) % 2], codes[next % 2], advance(p, offset));
-      wgmma_wait_group<1>();
-    } else {
-      wgmma_wait_group<0>();
-    }
-#pragma unroll
-    for (int k = 0; k < S::ROWS / 2; ++k) {
-      float& target = o[tile][rows * (S::ROWS / 2) + k];
-      target = i % 2 == 0 ? target + part[0][k] : __fmaf_rn(part[1][k], LOW_UNIT, target);
-    }
-  }
+__device__ __forceinline__ void add_values(Shared<S>& shared, int slot, int consumer, Values& o) {
+  constexpr int OWN_GROUPS = GROUPS / CONSUMERS;
+  const auto p_of = [&](int group) {
+    const uint8_t* p = S::p(shared, slot, 0, consumer * OWN_GROUPS + group);
+    return matrix_descriptor(shared_address(p), 0, 512, Swizzle::B64);
+  };
+  add_parts<S>(unit_address(slot) + consumer * (OWN_GROUPS * S::Unit::GROUP_BYTES), p_of, o);
 }
 
 // One unit: S^T, P^T and O^T; `stored` tokens of the request from its first one on.
 template <class S>
-__device__ __forceinline__ void consume(Shared& shared, int stored, int consumer, uint32_t number, Values& o,
+__device__ __forceinline__ void consume(Shared<S>& shared, int stored, int consumer, uint32_t number, Values& o,
                                         float (&sum)[S::COLUMNS]) {
   // Uniform to the compiler too, so that descriptors are in uniform registers.
   const int slot = __shfl_sync(0xFFFFFFFF, number % S::STAGES, 0);
@@ -201,11 +192,13 @@ __device__ __forceinline__ void consume(Shared& shared, int stored, int consumer
     score<S>(shared, slot, consumer, s);
     tokens.load_scales(shared.ring[slot], scales);
     // Of the columns that this consumer adds up. The other one may still score these rows, and drops what comes out.
-    if (!S::IS_SPARSE && stored < BLOCK_N) {
-      clear_rows<GROUPS / CONSUMERS>(shared.ring[slot], consumer * (GROUPS / CONSUMERS), stored);
+    if constexpr (!S::IS_SPARSE) {
+      if (stored < BLOCK_N) {
+        clear_rows<GROUPS / CONSUMERS>(shared.ring[slot], consumer * (GROUPS / CONSUMERS), stored);
+      }
     }
     count_scores<S>(shared, consumer, stored, tokens, s);
-    probabilities<S>(shared, consumer, s, scales, o, sum);
+    probabilities<S>(shared, slot, consumer, s, scales, o, sum);
     add_values<S>(shared, slot, consumer, o);
   }
   __syncwarp();
@@ -218,7 +211,7 @@ __device__ __forceinline__ void consume(Shared& shared, int stored, int consumer
 // in. Both consumers meet, before and after: the other one may still read the factors of the item before, for an item
 // without units has no Q at which they meet.
 template <class S>
-__device__ __forceinline__ void finish_sums(const DecodeParams& params, Shared& shared, int consumer, int plan_row,
+__device__ __forceinline__ void finish_sums(const DecodeParams& params, Shared<S>& shared, int consumer, int plan_row,
                                             const float (&sums)[S::COLUMNS], float (&unit)[GROUPS / CONSUMERS]) {
   const Item item = load_item(params, plan_row);  // again, as the CTA's place: registers
   const Cta cta = now(shared);
@@ -255,7 +248,7 @@ __device__ __forceinline__ void finish_sums(const DecodeParams& params, Shared& 
 
 // The consumer's half of O, 16 rows at a time.
 template <class S>
-__device__ __forceinline__ void store_half(const DecodeParams& params, Shared& shared, int consumer,
+__device__ __forceinline__ void store_half(const DecodeParams& params, Shared<S>& shared, int consumer,
                                            const float (&unit)[GROUPS / CONSUMERS], int plan_row,
                                            const Values& values) {
   const Item item = load_item(params, plan_row);
@@ -285,7 +278,7 @@ __device__ __forceinline__ void store_half(const DecodeParams& params, Shared& s
 }
 
 template <class S, class Params>
-__device__ __forceinline__ void consumer_role(const Params& fp8, Shared& shared, int consumer) {
+__device__ __forceinline__ void consumer_role(const Params& fp8, Shared<S>& shared, int consumer) {
   const DecodeParams& params = fp8.decode;
   uint32_t number = 0;  // of the next unit, among all of the CTA
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
@@ -321,7 +314,7 @@ __device__ __forceinline__ void consumer_role(const Params& fp8, Shared& shared,
 
 template <class S, class Params>
 __device__ __forceinline__ void decode(const Params& fp8) {
-  decode_tile<S>(fp8, [&](Shared& shared, int consumer) { consumer_role<S>(fp8, shared, consumer); });
+  decode_tile<S>(fp8, [&](Shared<S>& shared, int consumer) { consumer_role<S>(fp8, shared, consumer); });
 }
 
 #define DECODE_KERNEL(NAME, PARAMS, IS_SPARSE)                                         \

@@ -3,9 +3,8 @@
 //
 // A shape S says how many rows there are (ROWS), how results are rounded (IS_BF16), where its shared memory is (Memory,
 // with the members named below) and what else of it begins there (init_others), who announces a slot (FULL_ARRIVALS)
-// and who leaves it (EMPTY_ARRIVALS), the CTA's rows (TILE_ROWS),
-// where halves of O are exchanged (exchange), and which columns of O a thread has of a warp's 16: r and r + 8,
-// r = lane / 4, or 2 r and 2 r + 1 (ARE_PAIRS).
+// and who leaves it (EMPTY_ARRIVALS), the CTA's rows (TILE_ROWS), where halves of O are exchanged (exchange), and which
+// columns of O a thread has of a warp's 16: r and r + 8, r = lane / 4, or 2 r and 2 r + 1 (ARE_PAIRS).
 #pragma once
 
 #include "item.cuh"

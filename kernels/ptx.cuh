@@ -78,28 +78,11 @@ __device__ __forceinline__ void tma_load_5d(void* target, const TensorMap& map, 
       : "memory");
 }
 
-// --- copies by a thread ---------------------------------------------------------------------------------------------
-
-// 16 bytes from global memory, of which the last 16 - `bytes` are zeros instead. Not read: none, if `bytes` is 0.
-__device__ __forceinline__ void cp_async_16(uint32_t target, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void cp_async_4(uint32_t target, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(from) : "memory");
-}
-
-// Arrives at the barrier when all of this thread's copies so far have ended; its count has this arrival.
-__device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
-}
-
-__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but the last PENDING groups of this thread's copies have ended.
-template <int PENDING>
-__device__ __forceinline__ void cp_async_wait_group() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// `bytes` in a row, which 16 divides, as do both addresses.
+__device__ __forceinline__ void bulk_load(uint32_t target, const void* from, uint32_t bytes, uint64_t& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
 }
 
 // --- matrices in shared memory --------------------------------------------------------------------------------------
@@ -274,25 +257,58 @@ __device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
-// Four fp16 of two registers as e4m3, in the order of addresses, and 16 times what is left of each: x = high + low
-// / 16. What is too large becomes 448, NaN stays NaN.
-__device__ __forceinline__ void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  asm("{\n.reg .b16 first, second;\n.reg .b32 rest, back, sixteen;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 first, %2;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 second, %3;\n"
-      "mov.b32 %0, {first, second};\n"
-      "mov.b32 sixteen, 0x4C004C00;\n"
-      "cvt.rn.f16x2.e4m3x2 back, first;\n"
-      "sub.rn.f16x2 rest, %2, back;\n"
-      "mul.rn.f16x2 rest, rest, sixteen;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 first, rest;\n"
-      "cvt.rn.f16x2.e4m3x2 back, second;\n"
-      "sub.rn.f16x2 rest, %3, back;\n"
-      "mul.rn.f16x2 rest, rest, sixteen;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 second, rest;\n"
-      "mov.b32 %1, {first, second};\n}"
-      : "=r"(high), "=r"(low)
+// The larger magnitudes of two bf16 each; NaN where one is NaN.
+__device__ __forceinline__ uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n.reg .b32 abs_a, abs_b;\n"
+      "abs.bf16x2 abs_a, %1;\n"
+      "abs.bf16x2 abs_b, %2;\n"
+      "max.NaN.bf16x2 %0, abs_a, abs_b;\n}"
+      : "=r"(result)
       : "r"(a), "r"(b));
+  return result;
+}
+
+// Four fp16 of two registers as e4m3, in the order of addresses. What is too large becomes 448, NaN stays NaN.
+__device__ __forceinline__ uint32_t e4m3_of(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n.reg .b16 first, second;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 first, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 second, %2;\n"
+      "mov.b32 %0, {first, second};\n}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+
+// Four e4m3 as fp16, the lower two to `a`.
+__device__ __forceinline__ void fp16_of(uint32_t codes, uint32_t& a, uint32_t& b) {
+  asm("{\n.reg .b16 first, second;\n"
+      "mov.b32 {first, second}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, first;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, second;\n}"
+      : "=r"(a), "=r"(b)
+      : "r"(codes));
+}
+
+// 16 * (a - b) of two fp16.
+__device__ __forceinline__ uint32_t rest_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n.reg .b32 rest;\n"
+      "sub.rn.f16x2 rest, %1, %2;\n"
+      "mul.rn.f16x2 %0, rest, %3;\n}"
+      : "=r"(result)
+      : "r"(a), "r"(b), "r"(0x4C004C00));
+  return result;
+}
+
+// Four fp16 of two registers as e4m3, and 16 times what is left of each: x = high + low / 16. In steps, not as one
+// block: so the compiler converts back out of either half of a register, and else copies halves first.
+__device__ __forceinline__ void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  high = e4m3_of(a, b);
+  uint32_t back_a, back_b;
+  fp16_of(high, back_a, back_b);
+  low = e4m3_of(rest_f16x2(a, back_a), rest_f16x2(b, back_b));
 }
 
 // Bytes of two registers, 0 to 3 of `a` and 4 to 7 of `b`, by the four digits of `selector`, the lowest first.

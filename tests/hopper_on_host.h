@@ -16,7 +16,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <limits>
 #include <mutex>
@@ -352,52 +351,19 @@ inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, i
   late_loads.push_back(load);
 }
 
-// Copies by a thread, in groups; late ones come when it waits for their group.
-struct Copy {
-  uint32_t target;
-  const void* from;
-  int bytes, size;
-};
-struct Copies {
-  std::vector<Copy> begun;               // of no group yet
-  std::deque<std::vector<Copy>> groups;  // not waited for
-};
-inline std::vector<Copies> copies_of(384);
-
-inline void finish(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) {
-    memset(at(copy.target), 0, copy.size);
-    if (copy.bytes) memcpy(at(copy.target), copy.from, copy.bytes);
-  }
-}
-inline void begin_copy(const Copy& copy) {
-  if (copy.target % copy.size || (copy.bytes && reinterpret_cast<uint64_t>(copy.from) % copy.size)) is_stuck = true;
-  if (!loads_are_late) return finish({copy});
-  copies_of[threadIdx.x].begun.push_back(copy);
-}
-inline void cp_async_16(uint32_t target, const void* from, int bytes) { begin_copy({target, from, bytes, 16}); }
-inline void cp_async_4(uint32_t target, const void* from) { begin_copy({target, from, 4, 4}); }
-inline void cp_async_commit_group() {
-  Copies& mine = copies_of[threadIdx.x];
-  mine.groups.push_back(std::move(mine.begun));
-  mine.begun.clear();
-}
-template <int PENDING>
-void cp_async_wait_group() {
-  Copies& mine = copies_of[threadIdx.x];
-  for (; mine.groups.size() > PENDING; mine.groups.pop_front()) finish(mine.groups.front());
-}
-// Late: together with the thread's copies so far, when nothing else can go on.
-inline void cp_async_mbarrier_arrive(uint64_t& barrier) {
-  if (!loads_are_late) return update(barrier, 1, 0);
+inline void bulk_load(uint32_t target, const void* from, uint32_t bytes, uint64_t& barrier) {
+  if (target % 16 || bytes % 16 || reinterpret_cast<uint64_t>(from) % 16) is_stuck = true;
+  const auto load = [=, &barrier] {
+    at(target + bytes - 1);  // which says so if that is not in shared memory
+    memcpy(at(target), from, bytes);
+    update(barrier, 0, -(int)bytes);
+  };
+  if (!loads_are_late) return load();
   std::lock_guard<std::mutex> held(lock);
   ++progress;
-  late_loads.push_back([copies = std::move(copies_of[threadIdx.x].begun), &barrier] {
-    finish(copies);
-    update(barrier, 1, 0);
-  });
-  copies_of[threadIdx.x].begun.clear();
+  late_loads.push_back(load);
 }
+
 // A thread that does the late loads until the CTA has ended.
 inline void do_late_loads(const std::atomic<bool>& has_ended) {
   int64_t seen = -1;
@@ -423,6 +389,12 @@ inline void do_late_loads(const std::atomic<bool>& has_ended) {
 inline int ld_global_nc(const int* address) { return *address; }
 inline int4 ld_global_nc(const int4* address) { return *address; }
 inline void prefetch_global_l2(const void*) {}
+inline uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {  // of positive numbers bits are in their order, NaN above
+  const uint32_t low = std::max(a & 0x7FFF, b & 0x7FFF), high = std::max(a >> 16 & 0x7FFF, b >> 16 & 0x7FFF);
+  return low | high << 16;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float ex2(float value) { return exp2f(value); }
 inline float lg2(float value) { return log2f(value); }
@@ -715,7 +687,6 @@ bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads
     for (Barrier& barrier : named_barriers) barrier.reset();
     for (Barrier& barrier : warp_barriers) barrier.reset();
     for (Barrier& barrier : warpgroup_barriers) barrier.reset();
-    for (Copies& copies : copies_of) copies = {};
     const Index index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     if (are_fibers) {
       blockIdx = index;

@@ -9,6 +9,7 @@ import importlib
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def host_source(file: str) -> str:
 
 
 def on_host_header(text: str) -> str:
-    """`fp8_rows.cuh` with shared memory where the emulation has it."""
+    """`fp8_units.cuh` with shared memory where the emulation has it."""
     text = replaced(text, "extern __shared__ __align__(1024) uint8_t dynamic_shared[];", "")
     return replaced(text, 'asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));', "base = SHARED_BASE;")
 
@@ -81,7 +82,7 @@ def on_host_header(text: str) -> str:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """Of each kernel file."""
-    changed = {"fp8_rows.cuh": on_host_header}
+    changed = {"fp8_units.cuh": on_host_header}
     return {file: compiled(file, host_source(file), tmp_path_factory.mktemp(file), changed) for file in SOURCES}
 
 
@@ -264,6 +265,19 @@ def test_what_is_not_finite_comes_out(num_heads: int, on_host: OnHost) -> None:
     assert bool(out[1].isfinite().all() and lse[1].isfinite().all())
 
 
+@pytest.mark.parametrize("column", [5, 511, 530], ids=["latent", "last latent", "rotated"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("num_heads", [4, 40])
+def test_a_query_that_is_not_finite_is_nan(num_heads: int, value: float, column: int, on_host: OnHost) -> None:
+    """And no other one: it must not end at the largest code."""
+    problem = fp8(Case("infinite query", (70,), num_heads=num_heads, **SHAPE))
+    problem.q[0, 0, 2, column] = value
+    out, lse = decode(problem, whole(problem))
+    assert bool(out[0, 0, 2].isnan().all() and lse[0, 2].isnan().all())
+    others = [head for head in range(num_heads) if head != 2]
+    assert bool(out[0, 0, others].isfinite().all() and lse[0, others].isfinite().all())
+
+
 @pytest.mark.parametrize("file", SOURCES)
 def test_shared_memory_is_that_of_the_device_code(file: str, tmp_path: Path) -> None:
     for header in _build.KERNELS.glob("*.cuh"):
@@ -275,7 +289,9 @@ def test_shared_memory_is_that_of_the_device_code(file: str, tmp_path: Path) -> 
     assert set(kernels) == {f"{sort}{few}bf16_512_64" for sort in ("", "sparse_") for few in names}
     for name, (_, arguments) in kernels.items():
         rows = names[name.removeprefix("sparse_").removesuffix("bf16_512_64")]
-        text += f"static_assert(sizeof(Shape<{arguments}>::Memory) == {host.FP8_ROWS[rows]});\n"
+        text += (
+            f"static_assert(sizeof(Shape<{arguments}>::Memory) == {host.FP8_ROWS[rows][name.startswith('sparse_')]});\n"
+        )
         text += f"static_assert(Shape<{arguments}>::TILE_ROWS == {rows});\n"
     (tmp_path / "probe.cu").write_text(text + 'extern "C" __global__ void probe() {}')
     _build.build(["probe"], kernels=tmp_path, out=tmp_path / "out", lax=True)
@@ -333,6 +349,7 @@ SPARSE_CASES = tuple(
         test_sparse.Case("one index", 1, visible=1.0),
         test_sparse.Case("a multiple of 64", 128, num_heads=64),
         test_sparse.Case("not a multiple of 64", 100, num_heads=16),
+        test_sparse.Case("tiles of 32", 200, num_heads=20),
         test_sparse.Case("every index is -1", 64, visible=0.0),
         test_sparse.Case("queries back to back", 70, batch=3, seqlen_q=2, num_heads=70),
         test_sparse.Case("cut and merged", 700, batch=1),
@@ -344,17 +361,13 @@ SPARSE_CASES = tuple(
 )
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["", "late loads"])
-@pytest.mark.parametrize("case", SPARSE_CASES, ids=[case.why for case in SPARSE_CASES])
-def test_rows_named_by_index(
-    case: test_sparse.Case, late: bool, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the op hands to the backend, by the kernel's own source; on slots that cut and slots that do not."""
-    on_host.loads_are_late = late
+def check_rows_by_index(case: test_sparse.Case, on_host: OnHost, monkeypatch: pytest.MonkeyPatch, slots: int) -> str:
+    """What the op hands to the backend, by the kernel's own source, in `slots` slots; returns the kernel's name. Tiles
+    of 64 query rows from 33 rows on, however few indices there are."""
     problem = test_sparse.make(case, torch.bfloat16)
     sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
-    monkeypatch.setattr(sparse, "plan", lambda lengths, slots: definition.plan(lengths, 3))
-    equal_lengths._kept.clear()
+    monkeypatch.setattr(sparse, "plan", lambda lengths, _: definition.plan(lengths, slots))
+    monkeypatch.setattr(host, "FEWEST_WIDE_UNITS", 0)
     batch, seqlen_q, num_heads, d_qk = problem.q.shape
     call = check_sparse(
         problem.q, problem.kv_cache, problem.indices, 512, problem.attn_sink, problem.topk_length, "sparse_decode"
@@ -362,26 +375,88 @@ def test_rows_named_by_index(
     call = dataclasses.replace(call, device_type="cuda", capability=(9, 0))
     assert host.decode_refusals(call) == []
     lengths = None if problem.topk_length is None else problem.topk_length.repeat_interleave(seqlen_q)
-    out, lse, _ = sparse.sparse_decode(
-        call,
-        problem.q.reshape(-1, 1, num_heads, d_qk),
-        problem.kv_cache,
-        problem.indices.reshape(-1, case.topk),
-        lengths,
-        case.softmax_scale,
-        problem.attn_sink,
-        False,
-    )
+    with equal_lengths.nothing_kept():
+        out, lse, _ = sparse.sparse_decode(
+            call,
+            problem.q.reshape(-1, 1, num_heads, d_qk),
+            problem.kv_cache,
+            problem.indices.reshape(-1, case.topk),
+            lengths,
+            case.softmax_scale,
+            problem.attn_sink,
+            False,
+        )
     by_request = lse.view(batch, seqlen_q, num_heads).transpose(1, 2)
     test_sparse.assert_right(problem, out.view(batch, seqlen_q, num_heads, 512), by_request)
+    return on_host.recorded.launches("splitkv")[-1].kernel.removeprefix(KERNEL)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "late loads"])
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=[case.why for case in SPARSE_CASES])
+def test_rows_named_by_index(
+    case: test_sparse.Case, late: bool, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On slots that cut and slots that do not."""
+    on_host.loads_are_late = late
+    check_rows_by_index(case, on_host, monkeypatch, 3)
+
+
+TILES_BY_INDEX = {5: "sparse_few16_bf16_512_64", 20: "sparse_few32_bf16_512_64", 40: "sparse_bf16_512_64"}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "late loads"])
+@pytest.mark.parametrize("ahead", [-1, 0, 1, 2], ids=["in turn", "first consumer", "second consumer", "producers"])
+@pytest.mark.parametrize("num_heads", TILES_BY_INDEX)
+def test_rings_of_rows_by_index(
+    num_heads: int, ahead: int, late: bool, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many times around in one slot, over queries without rows, each warpgroup as far ahead as barriers let it be."""
+    on_host.loads_are_late, on_host.favoured = late, ahead
+    lengths = (0, 577, 0, 64, 65, 0, 130)
+    case = dataclasses.replace(
+        SPARSE_CASES[0], topk=577, batch=7, num_heads=num_heads, topk_length=lengths, visible=0.8
+    )
+    assert check_rows_by_index(case, on_host, monkeypatch, 1) == TILES_BY_INDEX[num_heads]
+
+
+@pytest.mark.parametrize("num_heads", TILES_BY_INDEX)
+def test_rows_by_index_with_threads_in_any_order(
+    num_heads: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_host.are_fibers, on_host.loads_are_late = False, True
+    case = dataclasses.replace(
+        SPARSE_CASES[0], topk=300, batch=3, num_heads=num_heads, topk_length=(300, 0, 100), visible=0.3
+    )
+    assert check_rows_by_index(case, on_host, monkeypatch, 1) == TILES_BY_INDEX[num_heads]
+
+
+def test_few_indices_of_many_heads_are_shared_by_tiles_of_32(recorded: Recorded) -> None:  # noqa: F811
+    def rows(num_heads: int, queries: int, topk: int) -> int:
+        q = torch.zeros(queries, 1, num_heads, 576, dtype=torch.bfloat16)
+        pool = torch.zeros(2, 64, 1, 656, dtype=torch.uint8)
+        call = check_sparse(q, pool, torch.zeros(queries, 1, topk, dtype=torch.int32), 512, None, None)
+        return host._fp8_rows(dataclasses.replace(call, device_type="cuda", capability=(9, 0)))
+
+    units = host.FEWEST_WIDE_UNITS * 132
+    assert [rows(128, queries, 64) for queries in (units // 2 - 1, units // 2)] == [32, 64]
+    assert [rows(num_heads, 1, 64) for num_heads in (16, 17, 64)] == [16, 32, 32]
+
+
+def plan_for_three_slots(lengths: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return definition.plan(lengths, 3)
 
 
 def run_sparse(
-    q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor, monkeypatch: pytest.MonkeyPatch, scale: float
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    plan: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = plan_for_three_slots,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sparse_decode` up to its backend, by the definition's plan; requests' queries one after the other."""
     sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
-    monkeypatch.setattr(sparse, "plan", lambda lengths, slots: definition.plan(lengths, 3))
+    monkeypatch.setattr(sparse, "plan", plan)
     call = check_sparse(q, kv_cache, indices, 512, None, None)
     call = dataclasses.replace(call, device_type="cuda", capability=(9, 0))
     queries = q.reshape(-1, 1, *q.shape[2:])
@@ -392,19 +467,85 @@ def run_sparse(
     return out, lse
 
 
-def test_the_first_row_that_is_named_sets_the_reference(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("queries", "slots", "merges"), [(4, 4, 0), (6, 3, 0), (5, 3, 1), (2, 3, 1)])
+def test_slots_of_whole_queries_merge_nothing(
+    queries: int, slots: int, merges: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that fill the slots evenly are not cut, and no second kernel is launched; others are cut and merged."""
+    case = dataclasses.replace(SPARSE_CASES[0], topk=130, batch=queries, num_heads=4)
+    problem = test_sparse.make(case, torch.bfloat16)
+    sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
+    monkeypatch.setattr(sparse, "num_slots", lambda call: slots)
+    before = len(on_host.recorded.combines())
+    out, lse = run_sparse(
+        problem.q, problem.kv_cache, problem.indices, monkeypatch, case.softmax_scale, definition.plan
+    )
+    test_sparse.assert_right(problem, out, lse.view(queries, 4, 1))
+    assert len(on_host.recorded.combines()) - before == merges
+
+
+@pytest.mark.parametrize("topk", [1, 64, 65, 130, 2048])
+def test_plans_of_whole_queries_cut_nothing(topk: int) -> None:
+    sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
+    found = 0
+    for most in (1, 2, 3, 33, 66, 132):
+        for queries in range(1, 300):
+            slots = sparse._slots_of_whole(queries, most)
+            if slots is None:
+                continue
+            found += 1
+            # At least nine tenths of the slots' time is work.
+            per_slot = queries // slots
+            assert slots <= most
+            assert queries == per_slot * slots >= 0.9 * per_slot * most
+            if queries < 150:
+                _, splits = definition.plan(torch.full((queries,), topk, dtype=torch.int32), slots)
+                assert bool((splits[:, 1] == 1).all())
+    assert found > 300
+    assert [sparse._slots_of_whole(queries, 66) for queries in (0, 1, 59, 60, 66, 67, 128)] == [
+        None, None, None, 60, 66, None, 64
+    ]  # fmt: skip
+
+
+def test_a_plan_that_cuts_is_not_taken_for_one_that_does_not(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same queries in as many slots, without lengths and with them: what is kept of a call is for one of both."""
+    case = dataclasses.replace(SPARSE_CASES[0], topk=1024, batch=3, num_heads=4)
+    problem = test_sparse.make(case, torch.bfloat16)
+    sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
+    monkeypatch.setattr(sparse, "plan", definition.plan)
+    monkeypatch.setattr(sparse, "num_slots", lambda call: 3)
+    some = torch.tensor((1024, 1, 1), dtype=torch.int32)
+    for lengths in (None, some, None):
+        of_lengths = None if lengths is None else tuple(lengths.tolist())
+        wanted = dataclasses.replace(problem, case=dataclasses.replace(case, topk_length=of_lengths))
+        call = check_sparse(problem.q, problem.kv_cache, problem.indices, 512, None, lengths)
+        call = dataclasses.replace(call, device_type="cuda", capability=(9, 0))
+        before = len(on_host.recorded.combines())
+        with equal_lengths.nothing_kept():
+            out, lse, _ = sparse.sparse_decode(
+                call, problem.q, problem.kv_cache, problem.indices[:, 0], lengths, case.softmax_scale, None, False
+            )
+        assert len(on_host.recorded.combines()) - before == (lengths is not None)
+        test_sparse.assert_right(wanted, out, lse.view(3, 4, 1))
+
+
+@pytest.mark.parametrize("num_heads", [4, 20, 40])
+def test_the_first_row_that_is_named_sets_the_reference(
+    num_heads: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """64 indices that name nothing, and then one of a score so low that it is 0 beside anything above -126."""
+    monkeypatch.setattr(host, "FEWEST_WIDE_UNITS", 0)
     problem = test_sparse.make(dataclasses.replace(SPARSE_CASES[0], topk=70), torch.bfloat16)
     index = int(problem.indices[0, 0, 0])
     row = problem.kv_cache.flatten(0, 2)[index]
     latent, k_rope = decode_rows(row, 512, 64, torch.float32)
     key = torch.cat((latent, k_rope))
-    q = (-key * 200 / key.square().sum()).bfloat16().expand(1, 1, 4, 576).contiguous()
+    q = (-key * 200 / key.square().sum()).bfloat16().expand(1, 1, num_heads, 576).contiguous()
     indices = torch.full((1, 1, 70), -1, dtype=torch.int32)
     indices[0, 0, 66] = index
     out, lse = run_sparse(q, problem.kv_cache, indices, monkeypatch, 1.0)
     assert bool((lse + 200).abs().max() < 1)
-    torch.testing.assert_close(out[0, 0].float(), latent.expand(4, 512), rtol=2**-8, atol=0)
+    torch.testing.assert_close(out[0, 0].float(), latent.expand(num_heads, 512), rtol=2**-8, atol=0)
 
 
 def test_views_that_differ_in_nothing_but_a_folded_stride(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:

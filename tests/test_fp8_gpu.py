@@ -120,6 +120,19 @@ def test_subnormal_codes_lose_no_more_than_their_bits() -> None:
         assert bool((lse.double() - reference(problem)[1]).abs().max() < 1e-3)
 
 
+@pytest.mark.parametrize("column", [5, 511, 530], ids=["latent", "last latent", "rotated"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("num_heads", [4, 20, 40])
+def test_a_query_that_is_not_finite_is_nan(num_heads: int, value: float, column: int) -> None:
+    """And no other one: it must not end at the largest code."""
+    problem = make(Case("infinite query", (70,), num_heads=num_heads, **SHAPE), torch.bfloat16)
+    problem.q[0, 0, 2, column] = value
+    out, lse = run(problem)
+    assert bool(out[0, 0, 2].isnan().all() and lse[0, 2].isnan().all())
+    others = [head for head in range(num_heads) if head != 2]
+    assert bool(out[0, 0, others].isfinite().all() and lse[0, others].isfinite().all())
+
+
 @pytest.mark.parametrize("num_heads", [16, 128])
 def test_in_a_graph_over_growing_lengths(num_heads: int) -> None:
     problem = make(Case("graph", (100, 3000, 1), num_heads=num_heads, **SHAPE), torch.bfloat16)

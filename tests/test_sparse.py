@@ -211,8 +211,9 @@ def test_result_of_the_compiled_kernel(case: Case) -> None:
 @pytest.mark.parametrize(
     ("num_heads", "batch", "topk"),
     # The last: 52 queries x 32 x 2 tiles = 3,328 units of work, enough for tiles of 64 query rows on 132 SMs.
-    [(16, 3, 300), (32, 3, 300), (128, 3, 300), (128, 26, 2048)],
-    ids=["16 heads", "32 heads", "128 heads", "128 heads, tiles of 64"],
+    # The one before: 32 queries are 32 of 33 slots, whole.
+    [(16, 3, 300), (32, 3, 300), (128, 3, 300), (128, 16, 300), (128, 26, 2048)],
+    ids=["16 heads", "32 heads", "128 heads", "128 heads, whole queries", "128 heads, tiles of 64"],
 )
 def test_the_compiled_kernel_in_a_graph(num_heads: int, batch: int, topk: int, has_lengths: bool) -> None:
     """A replay attends to what the captured tensors hold then: other queries, rows, sinks, -1 and lengths.

@@ -37,8 +37,9 @@ SHARED_BYTES = {512: 232448, 256: 206848, 128: 198656}
 FEW_ROWS = {16: 230400, 32: 229376}
 FEW_SHAPES = ((512, 64),)
 FEW_BOX_TILES = 3  # a box is a third of a unit
-# Query rows of a CTA over FP8 rows -> sizeof(Shared): kernels/dense_decode_fp8.cu, and dense_decode_fp8_wide.cu for 64.
-FP8_ROWS = {16: 223232, 32: 201728, 64: 195584}
+# Query rows of a CTA over FP8 rows -> sizeof(Shared), of pages and of rows by index: kernels/dense_decode_fp8.cu, and
+# dense_decode_fp8_wide.cu for 64.
+FP8_ROWS = {16: (203776, 220160), 32: (225280, 199680), 64: (229376, 194560)}
 FEWEST_WIDE_UNITS = 24  # per SM, of 64 indices: fewer are shared by tiles of 32 query rows
 MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
@@ -152,7 +153,7 @@ def _fp8_rows(call: DecodeCall) -> int:
     """Query rows of a CTA over FP8 rows.
 
     More than 32 rows are done in tiles of 32, twice as many, where a list of indices is too little for tiles of 64:
-    128 heads of one query and 2,048 indices took 19 and 23 us, of 32 queries 73 and 82, of 128 queries 268 and 235.
+    128 heads of 32 queries and 2,048 indices each took 66 and 79 us, of 64 queries 124 and 119, of 128 241 and 228.
     """
     rows = next((most for most in FP8_ROWS if call.rows <= most), max(FP8_ROWS))
     if rows == ROW_TILE and call.sparse:
@@ -249,7 +250,7 @@ def _fp8_form_of(rows: int, sparse: bool, kv_lora_rank: int, qk_rope_head_dim: i
     merge = f"pair_bf16_{kv_lora_rank}"
     # Rows named by index are not moved by boxes.
     tiles = 0 if sparse else FP8_BOX_TILES
-    return _Form(file, name, FP8_ROWS[rows], rows, tiles, FEW_SCALES, merge)
+    return _Form(file, name, FP8_ROWS[rows][sparse], rows, tiles, FEW_SCALES, merge)
 
 
 def _fp8_maps(call: DecodeCall, kv_cache: torch.Tensor, box_rows: int) -> tuple[bytes, bytes, bytes]:
@@ -314,9 +315,11 @@ def decode(
     softmax_scale: float,
     items: torch.Tensor | None = None,
     splits: torch.Tensor | None = None,
+    may_cut: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Split-KV attention over the pages by the plan; shapes and results as `backends.torch.decode`.
 
+    `may_cut` is False where the plan is known to cut no request: then nothing is merged.
     A `q` that TMA cannot walk is copied (see `_walkable`); the pool never is.
     """
     device, device_index = q.device, call.device_index
@@ -332,11 +335,11 @@ def decode(
         items, splits = plan(cache_seqlens, num_slots(call))
     slots = items.shape[0] - call.batch
     # Strides: those of a sparse `q` are not its call's, in which batch and queries are apart.
-    key = (call, q.data_ptr(), q.stride(), kv_cache.data_ptr(), cache_seqlens.stride(0), slots, softmax_scale)
+    key = (call, q.data_ptr(), q.stride(), kv_cache.data_ptr(), cache_seqlens.stride(0), slots, may_cut, softmax_scale)
     prepared = driver.memo.get(key)
     if prepared is None:
         rows = _walkable(q, call.h_kv)
-        prepared = _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, softmax_scale)
+        prepared = _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, may_cut, softmax_scale)
         if rows.data_ptr() == q.data_ptr():  # a copy lies elsewhere the next time
             if len(driver.memo) >= MOST_PREPARED:
                 driver.memo.clear()
@@ -386,7 +389,7 @@ def prepared_for(
     rows = _walkable(q, call.h_kv)
     if rows.data_ptr() != q.data_ptr():
         return None
-    return _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, softmax_scale)
+    return _prepare(call, rows, kv_cache, cache_seqlens.stride(0), slots, True, softmax_scale)
 
 
 @dataclass(frozen=True)
@@ -413,7 +416,13 @@ class _Prepared:
 
 
 def _prepare(
-    call: DecodeCall, rows: torch.Tensor, kv_cache: torch.Tensor, seqlens_stride: int, slots: int, softmax_scale: float
+    call: DecodeCall,
+    rows: torch.Tensor,
+    kv_cache: torch.Tensor,
+    seqlens_stride: int,
+    slots: int,
+    may_cut: bool,
+    softmax_scale: float,
 ) -> _Prepared:
     row_tiles, tiles = _tiles(call)
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
@@ -432,8 +441,7 @@ def _prepare(
         q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
         # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
         kv_map = _tensor_map(call, kv_cache, box_rows, form.kv_tiles if box_rows == PLAN_BLOCK else 1)
-    # With one slot nothing can be cut.
-    may_cut = slots > 1
+    may_cut = may_cut and slots > 1
     # Several launches only where one item per slot is asked for (a deterministic plan) and the batch is large.
     pieces = _pieces(call, slots) if may_cut else [(0, call.batch, 0, slots)]
     made = []
