@@ -43,7 +43,7 @@ from flash_mla.backends.cuda.params import (
     TENSOR_MAP_BYTES,
 )
 from flash_mla.codec import decode_rows
-from flash_mla.contract import check_sparse
+from flash_mla.contract import ITEM_COST, check_sparse
 
 SOURCES = {file: _build.KERNELS / f"{file}.cu" for file in ("dense_decode_fp8", "dense_decode_fp8_wide")}
 KERNEL = "flash_fwd_splitkv_mla_fp8_kernel_"
@@ -467,12 +467,15 @@ def run_sparse(
     return out, lse
 
 
-@pytest.mark.parametrize(("queries", "slots", "merges"), [(4, 4, 0), (6, 3, 0), (5, 3, 1), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("queries", "topk", "slots", "merges"),
+    [(4, 130, 4, 0), (6, 130, 3, 0), (5, 130, 3, 1), (2, 130, 3, 0), (2, 1024, 3, 1)],
+)
 def test_slots_of_whole_queries_merge_nothing(
-    queries: int, slots: int, merges: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+    queries: int, topk: int, slots: int, merges: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries that fill the slots evenly are not cut, and no second kernel is launched; others are cut and merged."""
-    case = dataclasses.replace(SPARSE_CASES[0], topk=130, batch=queries, num_heads=4)
+    """Queries that fill the slots, or nearly, are not cut, and no second kernel is launched; others are."""
+    case = dataclasses.replace(SPARSE_CASES[0], topk=topk, batch=queries, num_heads=4)
     problem = test_sparse.make(case, torch.bfloat16)
     sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
     monkeypatch.setattr(sparse, "num_slots", lambda call: slots)
@@ -484,27 +487,32 @@ def test_slots_of_whole_queries_merge_nothing(
     assert len(on_host.recorded.combines()) - before == merges
 
 
-@pytest.mark.parametrize("topk", [1, 64, 65, 130, 2048])
+@pytest.mark.parametrize("topk", [1, 64, 65, 130, 2048, 65536])
 def test_plans_of_whole_queries_cut_nothing(topk: int) -> None:
     sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
-    found = 0
+    units, found = -(-topk // 64), 0
     for most in (1, 2, 3, 33, 66, 132):
         for queries in range(1, 300):
-            slots = sparse._slots_of_whole(queries, most)
+            slots = sparse._slots_of_whole(queries, units, most)
             if slots is None:
                 continue
             found += 1
-            # At least nine tenths of the slots' time is work.
-            per_slot = queries // slots
             assert slots <= most
-            assert queries == per_slot * slots >= 0.9 * per_slot * most
+            assert queries % slots == 0
+            # What idle slots cost is at most an item.
+            assert queries // slots * units <= queries * units / most + ITEM_COST
             if queries < 150:
                 _, splits = definition.plan(torch.full((queries,), topk, dtype=torch.int32), slots)
                 assert bool((splits[:, 1] == 1).all())
     assert found > 300
-    assert [sparse._slots_of_whole(queries, 66) for queries in (0, 1, 59, 60, 66, 67, 128)] == [
-        None, None, None, 60, 66, None, 64
-    ]  # fmt: skip
+
+
+def test_which_queries_are_left_whole() -> None:
+    slots_of_whole = importlib.import_module("flash_mla.backends.cuda.sparse")._slots_of_whole
+    queries = (0, 1, 57, 58, 66, 67, 128)
+    assert [slots_of_whole(n, 32, 66) for n in queries] == [None, None, None, 58, 66, None, 64]
+    # Of long lists idle slots cost more than a cut.
+    assert [slots_of_whole(n, 1024, 66) for n in queries] == [None, None, None, None, 66, None, None]
 
 
 def test_a_plan_that_cuts_is_not_taken_for_one_that_does_not(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:

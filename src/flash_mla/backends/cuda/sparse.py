@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from ...contract import DecodeCall
+from ...contract import ITEM_COST, PLAN_BLOCK, DecodeCall
 from ..equal_lengths import equal_lengths
 from .decode import decode, num_slots
 from .plan import plan
 
 __all__ = ["sparse_decode"]
 
-# Of the slots' time. Idle, a tenth costs 3 units of work of the 32 of a query's 2,048 indices; cut, a query costs a
-# second item, about 2 units, and a merge of some microseconds, 1 or 2 units more.
-MOST_IDLE = 0.1
 
+def _slots_of_whole(queries: int, units: int, most: int) -> int | None:
+    """Slots, at most `most`, that get equally many whole queries of `units` units each, or None.
 
-def _slots_of_whole(queries: int, most: int) -> int | None:
-    """Slots, at most `most`, that get equally many whole queries of equal length and leave little of the GPU idle.
-
-    None: there are none. The plan of such queries for so many slots cuts nothing: its even share is what they take, or,
-    of few units, less than a slot must have free to be cut for.
+    None where a slot would work longer than its even share of all `most` slots by more than an item costs, which a cut
+    costs at the least, and the merge beside. The plan for so many slots cuts nothing: its even share is what they take,
+    or, of few units, less than a slot must have free to be cut for.
     """
     per_slot = -(-queries // most)
-    if per_slot == 0 or queries % per_slot or queries < (1 - MOST_IDLE) * per_slot * most:
+    if per_slot == 0 or queries % per_slot or (per_slot * most - queries) * units > ITEM_COST * most:
         return None
     return queries // per_slot
 
@@ -44,7 +41,7 @@ def sparse_decode(
     """
     slots, may_cut = num_slots(call), True
     if lengths is None:
-        if whole := _slots_of_whole(call.batch, slots):
+        if whole := _slots_of_whole(call.batch, -(-call.max_blocks // PLAN_BLOCK), slots):
             slots, may_cut = whole, False
         lengths, items, splits = equal_lengths(q.device, call.batch, call.max_blocks, slots, plan)
     else:  # the kernel trusts lengths as far as the list of indices goes
