@@ -18,7 +18,6 @@ struct Shape : Codes<ROWS> {
   using Unit = typename UnitOf<IS_SPARSE_>::Type;
   static constexpr int TILE_ROWS = ROWS;
   static constexpr int STAGES = STAGES_;  // units
-  static constexpr bool TURNS = true;
   static constexpr bool IS_SPARSE = IS_SPARSE_;
   static constexpr int FULL_ARRIVALS = IS_SPARSE ? PRODUCER_WARPS : 1;  // of warps that copy rows; of who loads pages
   static constexpr int EMPTY_ARRIVALS = WARPGROUP / 32;

@@ -1,327 +1,625 @@
-// Decode attention over FP8 rows on Hopper for more than 32 query rows per latent head: fp8_rows.cuh's arithmetic for
-// tiles of 64 query rows.
+// Decode attention over FP8 rows on Hopper for more than 32 query rows per latent head: tiles of 64 query rows, for
+// which products take longer than loads. Codes become fp16 on their way into shared memory, and wgmma does the rest as
+// in dense_decode.cu.
 //
-// Two consumer warpgroups share each unit. A consumer scores 32 of the rows and makes their P; then both have all of P,
-// and each adds up half of O's columns for all 64 rows: O^T is 128 registers a thread, as it is by turns for 32 rows,
-// and a unit is loaded and its codes are read for twice as many. Sums and references of a row belong to who scores it.
-// The third warpgroup loads units as in dense_decode_fp8.cu. Barriers:
-//   full[0][slot]     unit -> both consumers
-//   empty[slot]       both consumers -> producers
-// and a named one where the consumers meet: before P is written, for all have read the P before and the rotated keys,
-// and behind it. docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
-#include "fp8_rows.cuh"
+// A token's codes come times its scales over `ref`, a power of two of its own, and are rounded once more to fp16's 11
+// bits; `ref` is 1/64 to 1/32 of the largest scale, so that the largest latent is below 2^15 and bits go down to 2^-24:
+// columns whose scale is below 2^-19 of the token's largest lose one bit of 11 by each further power of two. Rotated
+// keys are divided by `ref` too, in bf16, and a row of Q by a power of two that brings its largest magnitude to 2^14
+// and more. All is put back in fp32:
+//   S = (Q K^T) * ref * (what the row of Q was divided by)
+//   P = 2^(S * softmax_scale_log2 + log2(ref) - m)            that is, times ref: what V was divided by
+//   sum = P / ref, O = P V
+//
+// Four warpgroups, two units of 64 tokens in shared memory (72 KiB each, as in bf16):
+//   convert  looks rows up, in pages or by index, and makes fp16 of them where they lie
+//   score    makes fp16 of Q, computes S and P; P(j) overwrites the rotated keys of unit j
+//   value    two of them: half of O's columns each; who has left its half of a slot asks for rows of the next unit
+//   there
+// Barriers, one phase per unit, or per item for Q:
+//   raw[slot][w]  value -> warp w of convert    its 16 rows have arrived as they are (of units 0 and 1: convert itself)
+//   full[slot]    convert -> score              the unit is fp16
+//   p_full[slot]  score -> value                P is stored
+//   q_full        score -> score                Q has arrived as it is
+// docs/dense_decode.md has the budgets and the argument why no wait can deadlock. (Over 600 lines: the roles and
+// their barriers are one protocol, read together or not at all.)
+#include "fp8_row.cuh"
+#include "wide_rows.cuh"
 
-template <class S>
+constexpr int NUM_THREADS = 4 * WARPGROUP;
+// 65,536 registers / 512 threads = 128 at launch: 512 per lane over the four warpgroups.
+constexpr int SCORE_REGISTERS = 104;
+constexpr int VALUE_REGISTERS = 160;
+constexpr int CONVERT_REGISTERS = 88;
+static_assert(SCORE_REGISTERS + 2 * VALUE_REGISTERS + CONVERT_REGISTERS <= 512);
+
+constexpr int V_TILES = ROW_CODES / TILE_COLUMNS;
+constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns
+constexpr int HALF_ROWS = WARP_ROWS / 2;
+static_assert(HALF_ROWS == V_TILES && ROW_BYTES <= HALF_ROWS * 128);
+
+// P times ref is at first 2^6 where it is largest, and stays below 2^14: fp16 has 11 bits down to 2^-14, which is 2^-20
+// of that, and ends at 2^-24.
+constexpr int P_HEADROOM = 6;
+constexpr int REF_HEADROOM = 6;  // of a token's largest scale over its ref, log2
+// `ref` is 2^-70 at the least: what rotated keys over it come to stays far from the end of fp32.
+constexpr int LEAST_REF = 127 - 70;
+
 struct Shared;
 
 template <bool IS_SPARSE_>
-struct Shape : Codes<32> {
-  using Memory = Shared<Shape>;
-  using Unit = typename UnitOf<IS_SPARSE_>::Type;
-  static constexpr int TILE_ROWS = CONSUMERS * ROWS;
-  static constexpr int STAGES = IS_SPARSE_ ? 2 : 3;  // units
-  static constexpr bool TURNS = false;
-  static constexpr bool IS_SPARSE = IS_SPARSE_;
-  static constexpr int FULL_ARRIVALS = IS_SPARSE ? PRODUCER_WARPS : 1;  // of warps that copy rows; of who loads pages
-  static constexpr int EMPTY_ARRIVALS = CONSUMER_WARPS;
-  static constexpr int S_PARTS = 2;
-  static constexpr int OWN_P = IS_SPARSE ? GROUPS : GROUPS - 1;  // that of the last group lies over rotated keys
-  static constexpr int V_PARTS = 3;                              // products of values under way at once
-  static constexpr int CONSUMER_REGISTERS = 232;
-  static __device__ __forceinline__ uint8_t* q(Memory& shared, int consumer);
-  static __device__ __forceinline__ uint8_t* q_rope(Memory& shared, int consumer);
-  static __device__ __forceinline__ uint8_t* p(Memory& shared, int slot, int consumer, int group);
-  static __device__ __forceinline__ Exchange& exchange(Memory& shared, int consumer);
-  static __device__ __forceinline__ void init_others(Memory& shared);
+struct Shape {
+  static constexpr bool IS_SPARSE = IS_SPARSE_;  // rows are named by index
+  using Memory = Shared;
+  static constexpr int KV_LORA_RANK = ROW_CODES;
+  static constexpr int HALF_COLUMNS = KV_LORA_RANK / 2;  // of O, per value warpgroup
+  static constexpr int STAGES = 2;
+  static constexpr int TILE_ROWS = BLOCK_M;
+  static constexpr bool IS_BF16 = true;  // of queries and results
 };
+
 using Tile = Shape<false>;  // for what does not depend on how rows are found
 
-constexpr int O_ACCUMULATORS = Tile::TILE_ROWS / 2;  // of a thread, in a tile of 64 columns
+// Of two tokens side by side.
+struct TokenPair {
+  float ref[2];
+  float log_ref[2];  // log2; NaN where a scale is not finite: so is every score then
+};
 
-template <class S>
+// All units of all items, one after another; per warp, in shared memory because registers are short.
+struct Walk {
+  Item item;
+  int unit;  // of the item, the next one
+};
+
+// What a warp's 16 rows of unit u are found by: noted after u - 3 and before u - 2 is announced, read by who leaves u -
+// 2, and last by score of unit u.
+struct Asked {
+  uint32_t offset[WARP_ROWS];  // in the pool, in steps of 16 bytes
+  uint32_t named;              // a bit per row
+  uint32_t is_unit;            // 0: behind the last one
+};
+constexpr int NOTED = 8;  // units: convert notes n + 5 while score may read n + 1; and a power of two
+
 struct alignas(1024) Shared {
-  typename S::Unit ring[S::STAGES];  // first: unit_address counts from the start
-  union alignas(1024) {
-    struct {
-      uint8_t q[CONSUMERS][GROUPS][Tile::Q_TILE_BYTES];  // 128-byte swizzle
-      uint8_t q_rope[CONSUMERS][Tile::Q_ROPE_BYTES];
-    };
-    Exchange exchange[CONSUMERS];  // at an item's end
-  };
-  alignas(1024) uint8_t p[S::OWN_P][CONSUMERS][Tile::P_TILE_BYTES];  // P times a group's scales; 64-byte swizzle
-  float4 top[CONSUMERS][Tile::ROWS];                                 // maxima of a unit, of each warp's tokens
-  float4 sum[CONSUMERS][Tile::ROWS];                                 // of an item
-  float4 top_scale[CONSUMERS][WARPGROUP / 32];                       // of each warp's tokens, by group
-  // softmax_scale_log2 times what the row of Q was divided by; the reference of its maxima (log2).
-  float2 from[CONSUMERS][Tile::ROWS];
-  // P_UNITS over the units that scales and O count in, by group: powers of two; or 0, before an item's first.
-  float4 inverse[CONSUMERS];
-  float alpha[Tile::TILE_ROWS];   // by which O of a row is multiplied when its reference rises
-  float factor[Tile::TILE_ROWS];  // and at the item's end
-  Row row[Tile::TILE_ROWS];
-  alignas(8) uint16_t named[S::STAGES][PRODUCER_WARPS];  // sparse: a bit per token, whether there is such a row
-  uint64_t full[CONSUMERS][S::STAGES];
-  uint64_t empty[S::STAGES];
+  uint8_t ring[Tile::STAGES][TILES][TILE_BYTES];  // first: slot_address counts from the start
+  uint8_t q[TILES][TILE_BYTES];
+  alignas(16) TokenPair tokens[Tile::STAGES][BLOCK_N / 2];
+  float inverse_sum[Tile::STAGES][BLOCK_M];  // of an item, beside its last unit
+  uint64_t raw[Tile::STAGES][PRODUCER_WARPS];
+  uint64_t q_full;
+  uint64_t full[Tile::STAGES];
+  uint64_t p_full[Tile::STAGES];
+  uint8_t rise[Tile::STAGES][BLOCK_M];  // alpha = 2^-rise
+  Asked asked[NOTED][PRODUCER_WARPS];
+  Walk walk[PRODUCER_WARPS];
   Cta cta;
 };
 
-template <bool IS_SPARSE_>
-__device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::q(Memory& shared, int consumer) {
-  return shared.q[consumer][0];
-}
-template <bool IS_SPARSE_>
-__device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::q_rope(Memory& shared, int consumer) {
-  return shared.q_rope[consumer];
-}
-template <bool IS_SPARSE_>
-__device__ __forceinline__ uint8_t* Shape<IS_SPARSE_>::p(Memory& shared, int slot, int consumer, int group) {
-  if constexpr (!IS_SPARSE) {
-    if (group >= OWN_P) return shared.ring[slot].k_rope + consumer * Tile::P_TILE_BYTES;
-  }
-  return shared.p[group][consumer];
-}
-template <bool IS_SPARSE_>
-__device__ __forceinline__ Exchange& Shape<IS_SPARSE_>::exchange(Memory& shared, int consumer) {
-  return shared.exchange[consumer];
+extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+
+// Of ring slot `slot`, or Q behind the last one: made anew of the symbol each time, as in dense_decode.cu.
+__device__ __forceinline__ uint32_t slot_address(int slot) {
+  uint32_t base;
+  asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));
+  return base + slot * (TILES * TILE_BYTES);
 }
 
-template <bool IS_SPARSE_>
-__device__ __forceinline__ void Shape<IS_SPARSE_>::init_others(Memory& shared) {
-  // Of a first item without units, which loads no Q.
-  shared.inverse[0] = shared.inverse[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+// Tile row `row`, 16-byte chunk `chunk` of its 128 bytes, 128-byte swizzle.
+__device__ __forceinline__ uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
-// --- a unit ---------------------------------------------------------------------------------------------------------
+// --- convert --------------------------------------------------------------------------------------------------------
 
-// Half of O^T's columns for all rows: tile t, rows 16 * warp + 8 * half + lane / 4 of its 64 columns.
-using Values = float[HALF_TILES][O_ACCUMULATORS];
+// What the lane's row of a unit, row lane % 16 of its warp's 16, is found by: `number` of a page, or of a row of the
+// pool that an index names; < 0: there is no such row.
+struct Lookup {
+  int number;
+  uint32_t start;  // in the page, in steps of 16 bytes
+};
 
-// The query row of a thread's accumulator column `i` of O, of the tile's.
-__device__ __forceinline__ int tile_row(int i) {
-  return i / Tile::COLUMNS * Tile::ROWS + column_row(i % Tile::COLUMNS);
-}
-
-// Counts references and the units of scales anew, so that neither is exceeded; what was added up so far, too.
+// Of unit `unit` of an item; the answer is not waited for.
 template <class S>
-__device__ __forceinline__ void rescale(Shared<S>& shared, int consumer, bool is_first, float (&s)[S::ROWS / 2],
-                                        const float (&scales)[2][GROUPS], float (&inverse)[GROUPS], Values& o,
-                                        float (&sum)[S::COLUMNS]) {
-  const bool is_writer = thread_index() % WARPGROUP < 4;  // of what all threads of the consumer know
-  float top[S::COLUMNS], unit[GROUPS];
-  tops<S>(s, top);
-  column_maxima<S>(shared, consumer, top);
-  scale_units<S>(shared, consumer, scales, unit);
-#pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
-    const float old = inverse[group];
-    inverse[group] = is_first ? unit[group] : fminf(unit[group], old);
-    unit[group] = is_first ? 1.f : inverse[group] * inverse_of(old);
-  }
-  if (is_writer) shared.inverse[consumer] = make_float4(inverse[0], inverse[1], inverse[2], inverse[3]);
-#pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    // First the maximum itself: P = 1 there. Later a whole number, so that alpha is exact. A row that sees nothing has
-    // no maximum.
-    const float rise = top[i] == -infinity() ? 0.f : is_first ? top[i] : fmaxf(ceilf(top[i]), 0.f);
-    const float alpha = is_first ? 1.f : ex2(-rise);
-    if (is_writer) {
-      shared.from[consumer][column_row(i)].y += rise;
-      shared.alpha[consumer * S::ROWS + column_row(i)] = alpha;
-    }
-    const int at = i / 2 * 4 + i % 2;
-    sum[i] *= alpha;
-    s[at] -= rise;
-    s[at + 2] -= rise;
-  }
-  bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);  // who scores a row knows its factor
-  const float own[GROUPS / CONSUMERS] = {consumer == 0 ? unit[0] : unit[2], consumer == 0 ? unit[1] : unit[3]};
-#pragma unroll
-  for (int i = 0; i < O_ACCUMULATORS / 2; ++i) {
-    const float alpha = shared.alpha[tile_row(i)];
-    const int at = i / 2 * 4 + i % 2;
-#pragma unroll
-    for (int tile = 0; tile < HALF_TILES; ++tile) {
-      o[tile][at] *= alpha * own[tile / GROUP_TILES];
-      o[tile][at + 2] *= alpha * own[tile / GROUP_TILES];
-    }
-  }
+__device__ __forceinline__ Lookup look_up(const GatherParams& gather, const Cta& cta, const Item& item, int unit,
+                                          int warp) {
+  const DecodeParams& params = gather.decode;
+  const int token = (item.first_unit + unit) * BLOCK_N + warp * WARP_ROWS + thread_index() % WARP_ROWS;
+  if (token >= item.length) return {-1, 0};
+  if (S::IS_SPARSE) return {ld_global_nc(params.block_table + item.request * params.table_stride_request + token), 0};
+  const int row = params.block_size == BLOCK_N ? token % BLOCK_N : token % params.block_size;
+  return {page_of(params, item.request, token), row * gather.row_stride + cta.kv_head * gather.head_stride};
 }
 
-// P of a unit's scores, and its sums; O and the sums are multiplied where a score or a scale rises far above what they
-// count in.
+// A warp's 16 rows of a unit.
+struct Rows {
+  bool is_unit;     // false: behind the last one
+  uint32_t offset;  // of row lane % 16 in the pool, in steps of 16 bytes
+  uint32_t named;   // a bit per row
+};
+
+// A unit as it was looked up; the answer is on its way.
+struct Found {
+  bool is_unit;  // false: behind the last one
+  Lookup lookup;
+};
+
+// Looks up the next unit.
 template <class S>
-__device__ __forceinline__ void probabilities(Shared<S>& shared, int slot, int consumer, float (&s)[S::ROWS / 2],
-                                              const float (&scales)[2][GROUPS], Values& o, float (&sum)[S::COLUMNS]) {
-  const float4 all = shared.inverse[consumer];
-  float inverse[GROUPS] = {all.x, all.y, all.z, all.w};
-  const bool is_first = all.x == 0.f;
-  const bool is_above = is_first || exceeds<S>(s, scales, inverse);
-  // Also: all warps have finished the wgmmas that read the P before, and this unit's rotated keys, over which P of the
-  // last group is stored: both consumers' warps.
-  if (bar_red_or(BARRIER_BOTH, CONSUMERS * WARPGROUP, is_above)) {
-    rescale<S>(shared, consumer, is_first, s, scales, inverse, o, sum);
+__device__ __forceinline__ Found next_unit(const GatherParams& gather, const Cta& cta, Walk& walk, int warp) {
+  if (walk.item.request >= 0 && walk.unit == walk.item.num_units) {
+    const Walk next = {item_with_units(gather.decode, walk.item.next), 0};
+    __syncwarp();
+    walk = next;
   }
-  store_p<S>(shared, slot, consumer, s, scales, inverse, sum);
-  // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
-  // tensor core may read stale bytes: wrong numbers, no error.
-  fence_proxy_async();
-  bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
+  const int unit = walk.unit;
+  if (walk.item.request < 0) return {false, {-1, 0}};
+  const Lookup lookup = look_up<S>(gather, cta, walk.item, unit, warp);
+  __syncwarp();
+  walk.unit = unit + 1;
+  return {true, lookup};
 }
 
-// Adds a unit's values times P to the consumer's half of O, for either consumer's rows.
 template <class S>
-__device__ __forceinline__ void add_values(Shared<S>& shared, int slot, int consumer, Values& o) {
-  constexpr int OWN_GROUPS = GROUPS / CONSUMERS;
-  const auto p_of = [&](int group) {
-    const uint8_t* p = S::p(shared, slot, 0, consumer * OWN_GROUPS + group);
-    return matrix_descriptor(shared_address(p), 0, 512, Swizzle::B64);
-  };
-  add_parts<S>(unit_address(slot) + consumer * (OWN_GROUPS * S::Unit::GROUP_BYTES), p_of, o);
+__device__ __forceinline__ Rows rows_of(const GatherParams& gather, const Found& found) {
+  const int number = found.lookup.number;
+  const bool is_row = number >= 0 && number < gather.num_places;
+  const uint32_t stride = S::IS_SPARSE ? gather.row_stride : gather.page_stride;
+  return {found.is_unit, (uint32_t)number * stride + found.lookup.start,
+          __ballot_sync(0xFFFFFFFF, is_row) & ((1u << WARP_ROWS) - 1)};
 }
 
-// One unit: S^T, P^T and O^T; `stored` tokens of the request from its first one on.
-template <class S>
-__device__ __forceinline__ void consume(Shared<S>& shared, int stored, int consumer, uint32_t number, Values& o,
-                                        float (&sum)[S::COLUMNS]) {
-  // Uniform to the compiler too, so that descriptors are in uniform registers.
-  const int slot = __shfl_sync(0xFFFFFFFF, number % S::STAGES, 0);
-  mbarrier_wait(shared.full[0][slot], number / S::STAGES & 1);
-  const Tokens<S> tokens(shared, slot, stored);
-  if (!tokens.is_nothing) {
-    float s[S::ROWS / 2], scales[2][GROUPS];
-    score<S>(shared, slot, consumer, s);
-    tokens.load_scales(shared.ring[slot], scales);
-    // Of the columns that this consumer adds up. The other one may still score these rows, and drops what comes out.
-    if constexpr (!S::IS_SPARSE) {
-      if (stored < BLOCK_N) {
-        clear_rows<GROUPS / CONSUMERS>(shared.ring[slot], consumer * (GROUPS / CONSUMERS), stored);
-      }
-    }
-    count_scores<S>(shared, consumer, stored, tokens, s);
-    probabilities<S>(shared, slot, consumer, s, scales, o, sum);
-    add_values<S>(shared, slot, consumer, o);
+// Where a row lies in a ring slot as it comes out of the pool: rows i and i + 8 of a warp in tile i, where rows 0 to 7
+// and 8 to 15 of its 16 will lie as fp16. So half of a warp's rows are read, and then what they become is written over
+// them.
+__device__ __forceinline__ uint32_t raw_row(uint32_t tiles, uint32_t warp, uint32_t i) {
+  return tiles + i % HALF_ROWS * TILE_BYTES + (warp * WARP_ROWS + i / HALF_ROWS * HALF_ROWS) * 128;
+}
+
+// Notes what a warp's rows of unit `number` are found by.
+__device__ __forceinline__ void note(Shared& shared, uint32_t number, uint32_t warp, const Rows& rows) {
+  Asked& asked = shared.asked[number % NOTED][warp];
+  const uint32_t lane = thread_index() & 31;
+  if (lane < WARP_ROWS) asked.offset[lane] = rows.offset;
+  if (lane == 0) {
+    asked.named = rows.named;
+    asked.is_unit = rows.is_unit;
   }
   __syncwarp();
-  if (thread_index() % 32 == 0) mbarrier_arrive(shared.empty[slot]);
 }
 
-// --- an item --------------------------------------------------------------------------------------------------------
-
-// Factors of the rows that the consumer scores to shared memory, their log-sums to memory; what its half of O counts
-// in. Both consumers meet, before and after: the other one may still read the factors of the item before, for an item
-// without units has no Q at which they meet.
-template <class S>
-__device__ __forceinline__ void finish_sums(const DecodeParams& params, Shared<S>& shared, int consumer, int plan_row,
-                                            const float (&sums)[S::COLUMNS], float (&unit)[GROUPS / CONSUMERS]) {
-  const Item item = load_item(params, plan_row);  // again, as the CTA's place: registers
-  const Cta cta = now(shared);
-  const int thread = thread_index() % WARPGROUP;
+// Asks for those of the noted rows of unit `number`, 16 of a warp's, that will lie in tiles of half `half` of the
+// columns. One thread asks for all of them, with addresses that the compiler sees to be the warp's: it makes a loop of
+// ~75 clocks per copy out of lanes that ask for one each.
+__device__ __forceinline__ void load_rows(const uint8_t* pool, Shared& shared, int slot, uint32_t number, uint32_t warp,
+                                          uint32_t half) {
+  const Asked& asked = shared.asked[number % NOTED][warp];
+  if (!asked.is_unit) return;
+  const uint32_t named = __shfl_sync(0xFFFFFFFF, asked.named, 0), lane = thread_index() & 31;
+  const uint32_t mine = asked.offset[lane % WARP_ROWS];
+  uint32_t offset[HALF_ROWS], row[HALF_ROWS];
 #pragma unroll
-  for (int i = 0; i < S::COLUMNS; ++i) {
-    float sum = sums[i];
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 4);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 8);
-    sum += __shfl_xor_sync(0xFFFFFFFF, sum, 16);
-    if (thread % 32 < 4) reinterpret_cast<float*>(&shared.sum[consumer][column_row(i)])[thread / 32] = sum;
+  for (uint32_t i = 0; i < HALF_ROWS; ++i) {
+    row[i] = i / 4 * HALF_ROWS + half * (HALF_ROWS / 2) + i % 4;
+    offset[i] = __shfl_sync(0xFFFFFFFF, mine, row[i]);
   }
-  const float4 inverse = shared.inverse[consumer];
-  unit[0] = unit_of(consumer == 0 ? inverse.x : inverse.z);
-  unit[1] = unit_of(consumer == 0 ? inverse.y : inverse.w);
-  bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
-  if (thread < S::ROWS) {
-    const float4 all = shared.sum[consumer][thread];
-    const float total = (all.x + all.y) + (all.z + all.w);
-    const float log_sum = total == 0.f ? -infinity() : shared.from[consumer][thread].y + lg2(total);
-    shared.factor[consumer * S::ROWS + thread] = total == 0.f ? 0.f : __fdividef(1.f, total);
-    const Row& row = shared.row[consumer * S::ROWS + thread];
-    if (row.lse >= 0) {
-      if (item.is_whole) {
-        const int64_t first = (int64_t)item.request * params.seqlen_q * params.num_heads;
-        params.lse[first + row.lse] = log_sum == -infinity() ? infinity() : log_sum * LN_2;
-      } else {
-        params.partial_sums[sum_index(params, 0, item.partial(params, cta), row.out)] = log_sum;
+  const uint32_t tiles = slot_address(slot);
+  uint64_t& raw = shared.raw[slot][warp];
+  if (elect_one()) {
+    mbarrier_arrive_expect_tx(raw, __popc(named & (half == 0 ? 0x0F0F : 0xF0F0)) * ROW_BYTES);
+#pragma unroll
+    for (uint32_t i = 0; i < HALF_ROWS; ++i) {
+      if (named >> row[i] & 1) {
+        bulk_load(raw_row(tiles, warp, row[i]), pool + (uint64_t)offset[i] * 16, ROW_BYTES, raw);
       }
     }
   }
-  bar_sync(BARRIER_BOTH, CONSUMERS * WARPGROUP);
+  __syncwarp();
 }
 
-// The consumer's half of O, 16 rows at a time.
-template <class S>
-__device__ __forceinline__ void store_half(const DecodeParams& params, Shared<S>& shared, int consumer,
-                                           const float (&unit)[GROUPS / CONSUMERS], int plan_row,
-                                           const Values& values) {
-  const Item item = load_item(params, plan_row);
-  const Cta cta = now(shared);
+// Rows 8 * HALF to 8 * HALF + 7 of a warp's 16, which `named` names, to fp16.
+template <int HALF>
+__device__ __forceinline__ void convert_rows(Shared& shared, int slot, uint32_t warp, uint32_t named) {
+  const uint32_t lane = thread_index() & 31, tiles = shared_address(shared.ring[slot]);
+  const uint32_t first = warp * WARP_ROWS + HALF * HALF_ROWS;  // of the tile
+  const uint32_t raw = raw_row(tiles, warp, HALF * HALF_ROWS);
+  // Of row lane / 4, for 128 columns; then, as fp16 twice, over the row's ref.
+  float scale = 1.f;
+  if (named >> lane / 4 & 1) scale = ld_shared(raw + lane / 4 * TILE_BYTES + ROW_CODES + lane % 4 * 4);
+  uint4 k_rope[2];                 // 8 columns of rows lane / 8 and 4 + lane / 8
+  uint2 codes[HALF_ROWS][2] = {};  // a lane's 8 of each half of a row
 #pragma unroll
-  for (int first_row = 0; first_row < S::TILE_ROWS; first_row += STAGED_ROWS) {
-    float o[HALF_TILES][STAGED_ROWS / 2];
-    int place[STAGED_COLUMNS];  // Row::out of the thread's columns, < 0: no such row
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t row = 4 * i + lane / 8;
+    k_rope[i] = make_uint4(0, 0, 0, 0);
+    if (named >> row & 1) k_rope[i] = ld_shared_v4(raw + row * TILE_BYTES + K_ROPE_AT + lane % 8 * 16);
+  }
 #pragma unroll
-    for (int i = 0; i < STAGED_COLUMNS; ++i) {
-      const Row& row = shared.row[first_row + column_row(i)];
-      place[i] = row.lse < 0 ? -1 : row.out;
-      const float factor = shared.factor[first_row + column_row(i)];
-      const int at = i / 2 * 4 + i % 2;
-#pragma unroll
-      for (int tile = 0; tile < HALF_TILES; ++tile) {
-        o[tile][at] = values[tile][first_row / 2 + at] * (factor * unit[tile / GROUP_TILES]);
-        o[tile][at + 2] = values[tile][first_row / 2 + at + 2] * (factor * unit[tile / GROUP_TILES]);
-      }
+  for (int i = 0; i < HALF_ROWS; ++i) {
+    if (named >> i & 1) {
+      codes[i][0] = ld_shared_v2(raw + i * TILE_BYTES + lane * 8);
+      codes[i][1] = ld_shared_v2(raw + i * TILE_BYTES + ROW_CODES / 2 + lane * 8);
     }
-    if (item.is_whole) {
-      store_whole<S>(params, shared, item, consumer, first_row, o);
-    } else {
-      store_part<S>(params, cta, item, consumer, place, o);
+  }
+  __syncwarp();  // all have read, and now it is written over
+
+  float top = fmaxf(fabsf(scale), __shfl_xor_sync(0xFFFFFFFF, fabsf(scale), 1));
+  top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 2));
+  const uint32_t finite = __ballot_sync(0xFFFFFFFF, fabsf(scale) < infinity());
+  const int ref = max((__float_as_int(top) >> 23) + 1 - REF_HEADROOM, LEAST_REF);  // its exponent, as fp32 has it
+  const float inverse = __int_as_float((254 - ref) << 23);
+  const uint32_t ratios = pack<false>(scale * inverse, scale * inverse), inverses = pack<true>(inverse, inverse);
+  if (lane % 4 == 0) {
+    const uint32_t token = first + lane / 4;
+    TokenPair& pair = shared.tokens[slot][token / 2];
+    pair.ref[token % 2] = __int_as_float(ref << 23);
+    pair.log_ref[token % 2] = (finite >> lane & 0xF) == 0xF ? ref - 127.f : infinity() * 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t row = 4 * i + lane / 8, by = __shfl_sync(0xFFFFFFFF, inverses, row * 4);
+    st_shared_v4(tiles + V_TILES * TILE_BYTES + chunk_offset(first + row, lane % 8),
+                 make_uint4(mul_bf16x2(k_rope[i].x, by), mul_bf16x2(k_rope[i].y, by), mul_bf16x2(k_rope[i].z, by),
+                            mul_bf16x2(k_rope[i].w, by)));
+  }
+#pragma unroll
+  for (int i = 0; i < HALF_ROWS; ++i) {
+    const uint32_t target = tiles + lane / 8 * TILE_BYTES + first * 128 + i * 128 + ((lane % 8 ^ i) << 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t by = __shfl_sync(0xFFFFFFFF, ratios, i * 4 + half * 2 + lane / 16);
+      uint4 value;
+      fp16_of(codes[i][half].x, value.x, value.y);
+      fp16_of(codes[i][half].y, value.z, value.w);
+      st_shared_v4(
+          target + half * (V_TILES / 2 * TILE_BYTES),
+          make_uint4(mul_f16x2(value.x, by), mul_f16x2(value.y, by), mul_f16x2(value.z, by), mul_f16x2(value.w, by)));
     }
   }
 }
 
-template <class S, class Params>
-__device__ __forceinline__ void consumer_role(const Params& fp8, Shared<S>& shared, int consumer) {
-  const DecodeParams& params = fp8.decode;
-  uint32_t number = 0;  // of the next unit, among all of the CTA
+template <class S>
+__device__ __forceinline__ void convert_role(const GatherParams& gather, Shared& shared) {
+  const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0) % PRODUCER_WARPS;
+  Walk& walk = shared.walk[warp];
+  walk = {item_with_units(gather.decode, shared.cta.plan_slot), 0};
+  // The first units are asked for here, as long as slots are new; the others by who leaves a slot.
+  Found first[Tile::STAGES + 1];
+#pragma unroll
+  for (int unit = 0; unit <= Tile::STAGES; ++unit) first[unit] = next_unit<S>(gather, shared.cta, walk, warp);
+#pragma unroll
+  for (int unit = 0; unit <= Tile::STAGES; ++unit) {
+    note(shared, unit, warp, rows_of<S>(gather, first[unit]));
+    if (unit == Tile::STAGES) break;
+    for (int half = 0; half < 2; ++half) load_rows(gather.pool, shared, unit, unit, warp, half);
+  }
+  Position<S> position;
+  for (uint32_t number = 0; shared.asked[number % NOTED][warp].is_unit; ++number) {
+    const int slot = position.slot();
+    // Used in this turn of the loop: from one to the next it would be copied, and so waited for.
+    const Found found = next_unit<S>(gather, shared.cta, walk, warp);
+    mbarrier_wait(shared.raw[slot][warp], position.phase());
+    const uint32_t named = shared.asked[number % NOTED][warp].named;
+    convert_rows<0>(shared, slot, warp, named);
+    convert_rows<1>(shared, slot, warp, named >> HALF_ROWS);
+    // wgmma reads through the async proxy what was stored here.
+    fence_proxy_async();
+    __syncwarp();
+    if ((thread_index() & 31) == 0) mbarrier_arrive(shared.full[slot]);
+    // Now, while nobody waits for this warp.
+    note(shared, number + Tile::STAGES + 1, warp, rows_of<S>(gather, found));
+    position.advance();
+  }
+}
+
+// --- score ----------------------------------------------------------------------------------------------------------
+
+// Two of bf16, times `factor`: to bf16, or to fp16.
+template <bool IS_BF16>
+__device__ __forceinline__ uint32_t times(uint32_t both, float factor) {
+  return pack<IS_BF16>(__int_as_float(both << 16) * factor, __int_as_float(both & 0xFFFF0000) * factor);
+}
+
+template <bool IS_BF16>
+__device__ __forceinline__ uint4 times(const uint4& eight, float factor) {
+  return make_uint4(times<IS_BF16>(eight.x, factor), times<IS_BF16>(eight.y, factor), times<IS_BF16>(eight.z, factor),
+                    times<IS_BF16>(eight.w, factor));
+}
+
+// Asks for an item's Q, by one thread, as soon as nobody reads the one before.
+__device__ __forceinline__ void load_queries(const DecodeParams& params, Shared& shared, int request) {
+  const Cta cta = shared.cta;
+  mbarrier_arrive_expect_tx(shared.q_full, TILES * TILE_BYTES);
+  tma_load_5d(shared.q, params.q_map, shared.q_full, 0, cta.first_row, 0, cta.kv_head, request);
+}
+
+// Makes fp16 of Q's latent columns where they lie, a warp of its own 16 rows; `factor` of the thread's two rows, for
+// their scores: what they were divided by, NaN where they are not finite.
+__device__ __forceinline__ void take_queries(float softmax_scale_log2, Shared& shared, float (&factor)[2]) {
+  constexpr int AT_ONCE = 4;  // rows
+  const uint32_t lane = thread_index() & 31, warp = thread_index() >> 5;
+  const uint32_t tiles = shared_address(shared.q) + lane / 8 * TILE_BYTES;
+#pragma unroll 1  // run once per item: what is not fetched costs more than what loops cost
+  for (int first = 0; first < WARP_ROWS; first += AT_ONCE) {
+    uint4 query[AT_ONCE][3];  // chunks of 8 columns: lane, lane + 32, and in the first eight lanes rotated ones
+    uint32_t at[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      at[i] = tiles + chunk_offset(warp * WARP_ROWS + first + i, lane % 8);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) query[i][part] = ld_shared_v4(at[i] + part * (4 * TILE_BYTES));
+      query[i][2] = make_uint4(0, 0, 0, 0);
+      if (lane < 8) query[i][2] = ld_shared_v4(at[i] + V_TILES * TILE_BYTES);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int latent = magnitude(max_abs_bf16x2(magnitudes(query[i][0]), magnitudes(query[i][1])));
+      // Rotated columns, which stay bf16, count where they are 2^24 times the others: up to there no product of theirs
+      // comes to the end of fp32.
+      const int top = reduce_max(max(max(latent, magnitude(magnitudes(query[i][2])) - (24 << 7)), 0));
+      const int exponent = min(max(top >> 7, 28), 254);  // the row's largest number comes to 2^14 and more
+      const float by = __int_as_float((254 + 14 - exponent) << 23);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        st_shared_v4(at[i] + part * (4 * TILE_BYTES), times<false>(query[i][part], by));
+      }
+      if (lane < 8) st_shared_v4(at[i] + V_TILES * TILE_BYTES, times<true>(query[i][2], by));
+      const bool is_finite = latent < 0x7F80 && magnitude(magnitudes(query[i][2])) < 0x7F80;
+      const float divisor =
+          !__all_sync(0xFFFFFFFF, is_finite) ? infinity() * 0.f : __int_as_float((exponent - 14) << 23);
+      if ((first + i) % 8 == lane / 4) (first < 8 ? factor[0] : factor[1]) = divisor * softmax_scale_log2;
+    }
+  }
+  // wgmma reads through the async proxy what was stored here.
+  fence_proxy_async();
+  bar_sync(BARRIER_SCORE, WARPGROUP);
+}
+
+// S of a unit, over ref and over what Q was divided by.
+__device__ __forceinline__ void score_unit(int slot, float (&s)[32]) {
+  const uint64_t keys = matrix_descriptor(slot_address(slot), 0, 1024, Swizzle::B128);
+  const uint64_t queries = matrix_descriptor(slot_address(Tile::STAGES), 0, 1024, Swizzle::B128);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int at = V_TILES * TILE_BYTES + step * 32;
+    wgmma_m64n64k16_shared<true>(s, advance(queries, at), advance(keys, at), step > 0);
+  }
+#pragma unroll
+  for (int step = 0; step < 4 * V_TILES; ++step) {
+    const int at = step / 4 * TILE_BYTES + step % 4 * 32;
+    wgmma_m64n64k16_shared<false>(s, advance(queries, at), advance(keys, at), true);
+  }
+  wgmma_commit_group();
+}
+
+// Scores of tokens that a row does not see, or that are not named, are none; `stored` tokens of the request from the
+// unit's first one on.
+__device__ __forceinline__ void hide(const DecodeParams& params, const Cta& tile, uint64_t named, int stored,
+                                     float (&s)[32]) {
+  const int row = tile.first_row + accumulator_row();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int visible = visible_tokens(params, stored, row + 8 * half);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int column = (i >> 1) * 8 + thread_index() % 4 * 2 + (i & 1);
+      float& score = s[(i >> 1) * 4 + half * 2 + (i & 1)];
+      score = column < visible && (named >> column & 1) ? score : -infinity();
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void score_role(const GatherParams& gather, Shared& shared) {
+  const DecodeParams& params = gather.decode;
+  Position<S> position;
+  uint32_t q_phase = 0, number = 0;  // of the next unit, among all of the CTA
+  if (thread_index() == 0) {
+    const Item item = item_with_units(params, shared.cta.plan_slot);
+    if (item.request >= 0) load_queries(params, shared, item.request);
+  }
+  __syncwarp();
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
-    int units_left, behind;  // tokens of the request behind the item's last unit; < 0: what that one lacks
+    float reference[2] = {0.f, 0.f};  // of the maxima, log2; rises by whole numbers, so that alpha is exact
+    float sum[2] = {0.f, 0.f};        // of this thread's columns
+    float factor[2];                  // of the thread's rows: S comes divided by it
+    int units_left, stored;           // tokens of the request from the current unit on
     {
-      const Cta cta = now(shared);
       const Item item = load_item(params, plan_row);
       if (item.request < 0) break;
-      if (item.num_units > 0) take_queries<S>(fp8, shared, cta, item.request, consumer);
       units_left = item.num_units;
-      behind = item.length - (item.first_unit + units_left) * BLOCK_N;
+      stored = item.length - item.first_unit * BLOCK_N;
     }
-    Values o;
-    float sum[S::COLUMNS];
-#pragma unroll
-    for (int tile = 0; tile < HALF_TILES; ++tile) {
-#pragma unroll
-      for (int i = 0; i < O_ACCUMULATORS; ++i) o[tile][i] = 0.f;
+    if (units_left > 0) {
+      mbarrier_wait(shared.q_full, q_phase);
+      q_phase ^= 1;
+      take_queries(params.softmax_scale_log2, shared, factor);
     }
+    bool is_first = true;
+    for (; units_left > 0; --units_left) {
+      const int slot = position.slot();
+      float s[32];
+      mbarrier_wait(shared.full[slot], position.phase());
+      score_unit(slot, s);
+      // What the scores will be put together with comes while they are multiplied.
+      TokenPair pairs[BLOCK_N / 8];
 #pragma unroll
-    for (int i = 0; i < S::COLUMNS; ++i) sum[i] = 0.f;
-    for (; units_left > 0; --units_left, ++number) {
-      consume<S>(shared, behind + units_left * BLOCK_N, consumer, number, o, sum);
+      for (int n8 = 0; n8 < BLOCK_N / 8; ++n8) pairs[n8] = shared.tokens[slot][4 * n8 + thread_index() % 4];
+      uint64_t named = 0;  // a bit per token
+#pragma unroll
+      for (int warp = 0; warp < PRODUCER_WARPS; ++warp) {
+        named |= (uint64_t)shared.asked[number % NOTED][warp].named << warp * WARP_ROWS;
+      }
+      ++number;
+      position.advance();
+      wgmma_wait_group<0>();
+
+      const int lane = thread_index() % 32;
+#pragma unroll
+      for (int n8 = 0; n8 < 8; ++n8) {
+        const TokenPair& pair = pairs[n8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[4 * n8 + i] =
+              __fmaf_rn(s[4 * n8 + i], pair.ref[i & 1] * factor[i >> 1], pair.log_ref[i & 1] - reference[i >> 1]);
+        }
+      }
+      if (named != ~0ull || visible_tokens(params, stored, shared.cta.first_row) < BLOCK_N) {
+        hide(params, shared.cta, named, stored, s);
+      }
+      stored -= BLOCK_N;
+      const uint32_t rises = raise<P_HEADROOM>(s, is_first, reference, sum);
+      is_first = is_first && named == 0;
+#pragma unroll
+      for (int n8 = 0; n8 < 8; ++n8) {
+        const TokenPair& pair = pairs[n8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[4 * n8 + i] = ex2(s[4 * n8 + i]);
+          // Times one over ref, a power of two.
+          const float inverse = __int_as_float(0x7F000000 - __float_as_int(pair.ref[i & 1]));
+          sum[i >> 1] = __fmaf_rn(s[4 * n8 + i], inverse, sum[i >> 1]);
+        }
+      }
+
+      // All warps have finished S(j), which reads the rotated keys that P overwrites.
+      bar_sync(BARRIER_SCORE, WARPGROUP);
+      // And with an item's last one they have left Q.
+      if (units_left == 1 && thread_index() == 0) {
+        const Item next = item_with_units(params, load_item(params, plan_row).next);
+        if (next.request >= 0) load_queries(params, shared, next.request);
+      }
+      __syncwarp();
+      store_p<false>(shared.ring[slot][V_TILES], s);
+      const int sum_row = accumulator_row();
+      if (lane % 4 == 0) {
+        shared.rise[slot][sum_row] = rises;
+        shared.rise[slot][sum_row + 8] = rises >> 8;
+      }
+      if (units_left == 1) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          sum[half] += __shfl_xor_sync(0xFFFFFFFF, sum[half], 1);
+          sum[half] += __shfl_xor_sync(0xFFFFFFFF, sum[half], 2);
+          // Not `> 0`: NaN stays NaN.
+          if (lane % 4 == 0) shared.inverse_sum[slot][sum_row + 8 * half] = sum[half] == 0.f ? 0.f : 1.f / sum[half];
+        }
+      }
+      // P was written with ordinary stores; wgmma reads shared memory through the async proxy. Without this fence the
+      // tensor core may read stale bytes: wrong numbers, no error.
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared.p_full[slot]);
     }
-    float unit[GROUPS / CONSUMERS];
-    finish_sums<S>(params, shared, consumer, plan_row, sum, unit);
-    store_half<S>(params, shared, consumer, unit, plan_row, o);
-    plan_row = load_item(params, plan_row).next;
+    const Item item = load_item(params, plan_row);
+    store_log_sums(params, item, shared.cta, reference, sum);
+    plan_row = item.next;
+  }
+}
+
+// --- value ----------------------------------------------------------------------------------------------------------
+
+template <class S, int HALF>
+__device__ __forceinline__ void value_role(const GatherParams& gather, Shared& shared) {
+  const DecodeParams& params = gather.decode;
+  const uint32_t warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0) % 4;
+  uint32_t number = 0;  // of the next unit, among all of the CTA
+  Position<S> position;
+  for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
+    int units_left;
+    {
+      const Item item = load_item(params, plan_row);
+      if (item.request < 0) break;
+      units_left = item.num_units;
+    }
+    float o[Tile::HALF_COLUMNS / 2];
+#pragma unroll
+    for (int i = 0; i < Tile::HALF_COLUMNS / 2; ++i) o[i] = 0.f;
+    float scale[2] = {0.f, 0.f};
+    for (; units_left > 0; --units_left) {
+      const int slot = position.slot();
+      mbarrier_wait(shared.p_full[slot], position.phase());
+      lower<S>(shared.rise[slot], o);
+      const uint32_t tiles = slot_address(slot);
+      const uint64_t p = matrix_descriptor(tiles + V_TILES * TILE_BYTES, 0, 1024, Swizzle::B128);
+      const uint64_t v = matrix_descriptor(tiles + HALF * V_TILES / 2 * TILE_BYTES, TILE_BYTES, 1024, Swizzle::B128);
+      float (&left)[Tile::HALF_COLUMNS / 4] = reinterpret_cast<float (&)[Tile::HALF_COLUMNS / 4]>(o[0]);
+      float (&right)[Tile::HALF_COLUMNS / 4] =
+          reinterpret_cast<float (&)[Tile::HALF_COLUMNS / 4]>(o[Tile::HALF_COLUMNS / 4]);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < BLOCK_N / 16; ++step) {
+        wgmma_m64k16_transposed<false>(left, advance(p, step * 32), advance(v, step * 2048), true);
+        wgmma_m64k16_transposed<false>(right, advance(p, step * 32), advance(v, 2 * TILE_BYTES + step * 2048), true);
+      }
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      if (units_left == 1) {
+        const int row = accumulator_row();
+        scale[0] = shared.inverse_sum[slot][row];
+        scale[1] = shared.inverse_sum[slot][row + 8];
+      }
+      // All four warps have left this half of the unit's columns: rows of the next unit of this slot may come.
+      bar_sync(BARRIER_VALUE + HALF, WARPGROUP);
+      load_rows(gather.pool, shared, slot, number + Tile::STAGES, warp, HALF);
+      ++number;
+      position.advance();
+    }
+    const Item item = load_item(params, plan_row);
+    store_row<S, 0>(params, shared.cta, item, HALF, o, scale[0]);
+    store_row<S, 1>(params, shared.cta, item, HALF, o, scale[1]);
+    plan_row = item.next;
   }
 }
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
 template <class S, class Params>
-__device__ __forceinline__ void decode(const Params& fp8) {
-  decode_tile<S>(fp8, [&](Shared<S>& shared, int consumer) { consumer_role<S>(fp8, shared, consumer); });
+__device__ __forceinline__ void decode(const GatherParams& gather) {
+  static_assert(sizeof(typename S::Memory) <= SHARED_LIMIT);
+  const DecodeParams& params = gather.decode;
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.q_full, 1);
+    for (int slot = 0; slot < Tile::STAGES; ++slot) {
+      for (int warp = 0; warp < PRODUCER_WARPS; ++warp) mbarrier_init(shared.raw[slot][warp], 2);
+      mbarrier_init(shared.full[slot], PRODUCER_WARPS);
+      mbarrier_init(shared.p_full[slot], 4);  // warps of the score warpgroup
+    }
+    fence_mbarrier_init();
+    const int tile = blockIdx.x % params.tiles;
+    shared.cta = {(int)blockIdx.x / params.tiles, tile / params.row_tiles, tile % params.row_tiles * BLOCK_M};
+  }
+  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
+  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
+  __syncthreads();
+  if (threadIdx.x / 32 == 1) prefetch_chain(params, shared.cta);  // a warp whose work comes last
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+
+  // Uniform to the compiler too, or it serialises the wgmmas.
+  const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_dec<SCORE_REGISTERS>();
+    score_role<S>(gather, shared);
+  } else if (warpgroup == 1) {
+    setmaxnreg_inc<VALUE_REGISTERS>();
+    value_role<S, 0>(gather, shared);
+  } else if (warpgroup == 2) {
+    setmaxnreg_inc<VALUE_REGISTERS>();
+    value_role<S, 1>(gather, shared);
+  } else {
+    setmaxnreg_dec<CONVERT_REGISTERS>();
+    convert_role<S>(gather, shared);
+  }
 }
 
 #define DECODE_KERNEL(NAME, PARAMS, IS_SPARSE)                                         \
   extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)                         \
       flash_fwd_splitkv_mla_fp8_kernel_##NAME(const __grid_constant__ PARAMS params) { \
-    decode<Shape<IS_SPARSE>>(params);                                                  \
+    decode<Shape<IS_SPARSE>, PARAMS>(params);                                          \
   }
 
-DECODE_KERNEL(bf16_512_64, Fp8DecodeParams, false)
+DECODE_KERNEL(bf16_512_64, GatherParams, false)
 DECODE_KERNEL(sparse_bf16_512_64, GatherParams, true)

@@ -61,19 +61,6 @@ struct Position {
 
 // --- what producers look up ----------------------------------------------------------------------------------------
 
-// The item of plan row `row`, or the first after it that has units; request < 0: none.
-__device__ __forceinline__ Item item_with_units(const DecodeParams& params, int row) {
-  Item item;
-  item.request = -1;
-  while (row >= 0) {
-    item = load_item(params, row);
-    if (item.request < 0 || item.num_units > 0) return item;
-    row = item.next;
-    item.request = -1;
-  }
-  return item;
-}
-
 // Where a unit lies in the pool.
 struct Place {
   int page;

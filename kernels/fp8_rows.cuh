@@ -1,5 +1,6 @@
-// What the kernels over FP8 rows share besides their loads: how e4m3 stands on both sides of wgmma. Latents are never
-// converted: their codes go to the tensor cores as they lie. Queries are bf16; 512 + 64 columns.
+// What the kernels over FP8 rows for up to 32 query rows share besides their loads: how e4m3 stands on both sides of
+// wgmma. Latents are never converted: their codes go to the tensor cores as they lie. Queries are bf16; 512 + 64
+// columns.
 //
 // A row of the pool is [512 e4m3 | 4 fp32 scales, of 128 columns each | 64 bf16]. Queries and P are split into two e4m3
 // numbers of four bits each, x = high + low / 16: eight bits, as bf16 has. Per unit of 64 tokens and ROWS = 16 or 32
@@ -33,15 +34,6 @@ constexpr float FP8_RESCALE_ABOVE = 4.f;
 constexpr float SCALE_ABOVE = 1.75f * P_UNITS;
 
 // --- consumers: queries ---------------------------------------------------------------------------------------------
-
-// The largest magnitude of some bf16, as the 15 bits that order them: of NaN the largest.
-__device__ __forceinline__ int magnitude(uint32_t both) {
-  return max((int)(both & 0x7FFF), (int)(both >> 16 & 0x7FFF));
-}
-
-__device__ __forceinline__ uint32_t magnitudes(const uint4& eight) {
-  return max_abs_bf16x2(max_abs_bf16x2(eight.x, eight.y), max_abs_bf16x2(eight.z, eight.w));
-}
 
 // Four bf16 of two registers times `factor`, as their high and their low parts.
 __device__ __forceinline__ void split_four(uint32_t a, uint32_t b, float factor, uint32_t& high, uint32_t& low) {
@@ -90,7 +82,7 @@ __device__ __forceinline__ void store_query(const DecodeParams& params, typename
   *reinterpret_cast<uint4*>(target) = high;
   *reinterpret_cast<uint4*>(target + S::ROWS * 128) = low;
   // By turns both consumers score all rows.
-  if (lane == consumer || (S::TURNS && lane < CONSUMERS)) {
+  if (lane < CONSUMERS) {
     shared.from[lane][row] = {params.softmax_scale_log2 * __int_as_float((exponent - 7) << 23), 0.f};
   }
   if (lane < 8) {
@@ -473,7 +465,7 @@ __device__ __forceinline__ void count_scores(typename S::Memory& shared, int con
 #pragma unroll
     for (int i = 0; i < S::ROWS / 2; ++i) s[i] = tokens.are_seen[i >> 1 & 1] ? s[i] : -infinity();
   } else {
-    hide<S>(shared, S::TURNS ? 0 : consumer * S::ROWS, stored, s);
+    hide<S>(shared, 0, stored, s);
   }
 }
 

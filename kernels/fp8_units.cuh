@@ -3,29 +3,22 @@
 //
 // A row of the pool is [512 e4m3 | 4 fp32 scales, of 128 columns each | 64 bf16]. Out of pages TMA makes tiles of it,
 // in the order that wgmma's descriptors want. Rows by index come one copy each, by a lane each, and keep their order:
-// keys go to wgmma through registers. (Copies of 16 bytes, 21 by a lane, can make tiles too: 2% less time at 64 query
-// rows, 5% more at 32.)
+// keys go to wgmma through registers. (Copies of 16 bytes, 21 by a lane, can make tiles too: 5% more time at 32 query
+// rows.)
 //
-// A shape S has, besides what few_rows.cuh wants: whether consumers take units by turns (TURNS) or share each; whether
-// rows are named by index (IS_SPARSE); what a unit is (Unit) and how many there are (STAGES).
+// Consumers take units by turns. A shape S has, besides what few_rows.cuh wants: whether rows are named by index
+// (IS_SPARSE); what a unit is (Unit) and how many there are (STAGES).
 #pragma once
 
 #include "few_rows.cuh"
+#include "fp8_row.cuh"
 
-constexpr int GROUP_COLUMNS = 128;  // that share a scale; as codes, a tile of 128 bytes per token
-constexpr int GROUPS = KV_LORA_RANK / GROUP_COLUMNS;
 constexpr int GROUP_TILES = GROUP_COLUMNS / TILE_COLUMNS;  // of O^T
-static_assert(GROUPS == 4);                                // of a float4
+static_assert(KV_LORA_RANK == ROW_CODES);
 
 constexpr int REGISTERS = 504;  // of a thread of each of the three warpgroups, together
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
-constexpr int PRODUCER_WARPS = WARPGROUP / 32;
-constexpr int WARP_ROWS = BLOCK_N / PRODUCER_WARPS;  // that a warp copies
-static_assert(WARP_ROWS == 16);
-
-constexpr int ROW_BYTES = KV_LORA_RANK + 4 * GROUPS + 2 * TILE_COLUMNS;
 constexpr int UNIT_BYTES = BLOCK_N * ROW_BYTES;
-static_assert(ROW_BYTES == 656);
 
 // A unit out of pages: tiles, as TMA makes them and wgmma's descriptors want them.
 struct alignas(1024) Unit {
@@ -88,12 +81,10 @@ __device__ __forceinline__ const uint4* query_row(const Params& fp8, const Cta& 
   return reinterpret_cast<const uint4*>(fp8.q + start + row * fp8.q_stride_row);
 }
 
-// --- producers ------------------------------------------------------------------------------------------------------
-
 // Asks L2 for a request's Q: WARPS warps, 128 bytes per lane.
 template <class S, int WARPS, class Params>
 __device__ __forceinline__ void prefetch_queries(const Params& fp8, const Cta& cta, int request, int warp) {
-  constexpr int LINES = (KV_LORA_RANK + TILE_COLUMNS) * 2 / 128;  // of a row
+  constexpr int LINES = (ROW_CODES + TILE_COLUMNS) * 2 / 128;  // of a row
   if (request < 0) return;
 #pragma unroll 1
   for (int line = warp * 32 + thread_index() % 32; line < S::TILE_ROWS * LINES; line += WARPS * 32) {
@@ -101,6 +92,8 @@ __device__ __forceinline__ void prefetch_queries(const Params& fp8, const Cta& c
     if (row) prefetch_global_l2(row + line % LINES * 8);
   }
 }
+
+// --- producers ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_unit(const Fp8DecodeParams& fp8, const Cta& cta, const Item& item, Unit& target,
                                           uint64_t& full, int unit, const Place& place) {
@@ -153,7 +146,7 @@ __device__ __forceinline__ void load_units(const Fp8DecodeParams& fp8, typename 
       }
       __syncwarp();
       position = position.after(1);
-      if (S::TURNS) consumer ^= 1;
+      consumer ^= 1;
       // The next item's length and pages are looked up once the last unit of this one is on its
       // way: three loads, one after another.
       if (unit + 1 == item.num_units) {
@@ -172,7 +165,7 @@ __device__ __forceinline__ int index_of(const GatherParams& gather, const Item& 
   const int token = (item.first_unit + unit) * BLOCK_N + warp * WARP_ROWS + thread_index() % WARP_ROWS;
   if (item.request < 0 || token >= item.length) return -1;
   const int index = ld_global_nc(gather.decode.block_table + item.request * gather.decode.table_stride_request + token);
-  return index < gather.num_rows ? index : -1;
+  return index < gather.num_places ? index : -1;
 }
 
 // Copies the warp's rows of a unit: a lane per row; zeros for rows that are not named.
@@ -224,7 +217,7 @@ __device__ __forceinline__ void load_units(const GatherParams& gather, typename 
       mbarrier_wait(shared.empty[position.slot], position.phase ^ 1);
       copy_rows<S>(gather, shared, position.slot, index, shared.full[consumer][position.slot], warp);
       position = position.after(1);
-      if (S::TURNS) consumer ^= 1;
+      consumer ^= 1;
       index = next_index;
     }
     item = next;

@@ -11,7 +11,8 @@ static_assert(TILE_BYTES == 8192);
 
 constexpr int WARPGROUP = 128;
 constexpr int SHARED_LIMIT = 232448;  // bytes that a CTA may have on Hopper
-// A reference maximum is kept until a score exceeds it by 2^8: then P is at most 256, and O and the sums lose nothing.
+// A reference maximum is kept until a score exceeds it by 2^8: then P is at most 256 times what it was at first (1, or
+// wide_rows.cuh's HEADROOM), and O and the sums lose nothing.
 constexpr float RESCALE_ABOVE = 8.f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -52,6 +53,19 @@ __device__ __forceinline__ Item load_item(const DecodeParams& params, int row) {
   item.num_units = (int)(units * (uint32_t)plan.z >> 30) - item.first_unit;
   item.is_begin = plan.y == 0;
   item.is_whole = item.is_begin && plan.z == PLAN_WHOLE;
+  return item;
+}
+
+// The item of plan row `row`, or the first after it that has units; request < 0: none.
+__device__ __forceinline__ Item item_with_units(const DecodeParams& params, int row) {
+  Item item;
+  item.request = -1;
+  while (row >= 0) {
+    item = load_item(params, row);
+    if (item.request < 0 || item.num_units > 0) return item;
+    row = item.next;
+    item.request = -1;
+  }
   return item;
 }
 

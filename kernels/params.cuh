@@ -60,16 +60,19 @@ struct Fp8DecodeParams {
   int64_t q_stride_head;     // elements
 };
 
-// Of FP8 rows that are named by index. Without maps.
+// Of FP8 rows that are fetched one by one: named by index, or, for 64 query rows, of pages. (q is for up to 32.)
 struct GatherParams {
-  DecodeParams decode;       // a request is a query, block_table its indices [batch, topk], into the pool's rows
+  DecodeParams decode;       // by index: a request is a query, block_table its indices [batch, topk], into the pool's
+                             // rows; kv_map is not used, q_map for 64 query rows alone
   const uint16_t* q;         // bf16 [batch, rows, h_kv, d_qk]
   int64_t q_stride_request;  // elements
   int64_t q_stride_row;      // elements
   int64_t q_stride_head;     // elements
   const uint8_t* pool;       // [num_blocks, block_size, h_kv, row]
-  uint32_t row_stride;       // of all rows of the pool, in steps of 16 bytes, of which it has fewer than 2^32
-  int num_rows;              // of the pool; other indices name none
+  uint32_t row_stride;       // in steps of 16 bytes, of which the pool has fewer than 2^32; by index: of all its rows
+  int num_places;            // of the pool: rows, or pages; other numbers name none
+  uint32_t page_stride;      // in steps of 16 bytes, for rows of pages
+  uint32_t head_stride;
 };
 
 struct CombineParams {

@@ -10,7 +10,8 @@
 
 constexpr int VECTOR = 8;  // columns that a thread stores or loads at a time: 16 bytes
 
-// Written by dense_decode.cu: each half of the columns by a warpgroup, 16 columns by four lanes.
+// Written by dense_decode.cu and dense_decode_fp8_wide.cu: each half of the columns by a warpgroup, 16 columns by four
+// lanes.
 struct TileLayout {
   static constexpr int SCALES = 2;  // per row
   // Column of position `position` of a row, of which KV_LORA_RANK / SCALES share a scale.
@@ -40,7 +41,7 @@ struct FewLayout {
   }
 };
 
-// Written by dense_decode_fp8.cu and dense_decode_fp8_wide.cu: the same with a lane's columns by twos.
+// Written by dense_decode_fp8.cu: the same with a lane's columns by twos.
 struct PairLayout {
   static constexpr int SCALES = 8;
   template <int KV_LORA_RANK>

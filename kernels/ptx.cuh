@@ -124,14 +124,22 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint2 ld_shared_v2(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float ld_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void st_shared_v4(uint32_t address, const uint4& value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
                : "memory");
-}
-
-__device__ __forceinline__ void st_shared_v2(uint32_t address, const uint2& value) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 
 // Ordinary stores to shared memory before it become visible to what wgmma and TMA read or write after it.
@@ -204,6 +212,17 @@ __device__ __forceinline__ int thread_index() {
   return value;
 }
 
+// True in one lane of a warp, all of whose lanes must come here.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t is_elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 // The largest of a warp's numbers, which are not negative.
 __device__ __forceinline__ int reduce_max(int value) {
   int result;
@@ -254,6 +273,12 @@ __device__ __forceinline__ float2 unpack_fp16(uint32_t both) {
 __device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
 

@@ -136,7 +136,7 @@ struct Barrier {
   void reset() { here = 0, votes = false; }
 };
 
-inline Barrier named_barriers[16], warp_barriers[12], warpgroup_barriers[3];
+inline Barrier named_barriers[16], warp_barriers[16], warpgroup_barriers[4];
 
 inline void bar_sync(int barrier, int threads) { named_barriers[barrier].wait(threads); }
 inline bool bar_red_or(int barrier, int threads, bool vote) { return named_barriers[barrier].wait(threads, vote); }
@@ -189,7 +189,7 @@ void setmaxnreg_dec() {}
 
 // --- a warp ---------------------------------------------------------------------------------------------------------
 
-inline uint32_t exchanged[384][4];
+inline uint32_t exchanged[512][4];
 
 // Each lane's four registers, to be read by the others until the next __syncwarp.
 inline const uint32_t (*share(uint32_t a, uint32_t b = 0, uint32_t c = 0, uint32_t d = 0))[4] {
@@ -224,6 +224,7 @@ inline uint32_t __ballot_sync(unsigned, bool vote) {
   __syncwarp();
   return result;
 }
+inline bool elect_one() { return threadIdx.x % 32 == 0; }
 inline int reduce_max(int value) {
   const auto values = share((uint32_t)value);
   int result = value;
@@ -238,6 +239,8 @@ inline bool __any_sync(unsigned, bool vote) {
   __syncwarp();
   return any;
 }
+
+inline bool __all_sync(unsigned mask, bool vote) { return !__any_sync(mask, !vote); }
 
 // --- shared memory --------------------------------------------------------------------------------------------------
 
@@ -304,8 +307,17 @@ inline uint4 ld_shared_v4(uint32_t address) {
   memcpy(&value, at(address), 16);
   return value;
 }
+inline uint2 ld_shared_v2(uint32_t address) {
+  uint2 value;
+  memcpy(&value, at(address), 8);
+  return value;
+}
+inline float ld_shared(uint32_t address) {
+  float value;
+  memcpy(&value, at(address), 4);
+  return value;
+}
 inline void st_shared_v4(uint32_t address, const uint4& value) { memcpy(at(address), &value, 16); }
-inline void st_shared_v2(uint32_t address, const uint2& value) { memcpy(at(address), &value, 8); }
 
 // What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
 struct alignas(64) TensorMap {
@@ -386,8 +398,10 @@ inline void do_late_loads(const std::atomic<bool>& has_ended) {
 
 // --- global memory and arithmetic -----------------------------------------------------------------------------------
 
-inline int ld_global_nc(const int* address) { return *address; }
-inline int4 ld_global_nc(const int4* address) { return *address; }
+template <class T>
+T ld_global_nc(const T* address) {
+  return *address;
+}
 inline void prefetch_global_l2(const void*) {}
 inline uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {  // of positive numbers bits are in their order, NaN above
   const uint32_t low = std::max(a & 0x7FFF, b & 0x7FFF), high = std::max(a >> 16 & 0x7FFF, b >> 16 & 0x7FFF);
@@ -488,6 +502,10 @@ inline uint8_t to_e4m3(float value) {
 inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   const float2 x = unpack_fp16(a), y = unpack_fp16(b);
   return pack<false>(x.x * y.x, x.y * y.y);
+}
+inline void fp16_of(uint32_t codes, uint32_t& a, uint32_t& b) {
+  a = pack<false>(from_e4m3(codes & 0xFF), from_e4m3(codes >> 8 & 0xFF));
+  b = pack<false>(from_e4m3(codes >> 16 & 0xFF), from_e4m3(codes >> 24));
 }
 inline void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const float2 first = unpack_fp16(a), second = unpack_fp16(b);

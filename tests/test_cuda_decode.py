@@ -753,7 +753,7 @@ def test_constants_are_those_of_the_device_code() -> None:
         text = "".join((_build.KERNELS / file).read_text() for file in files)
         return dict(re.findall(r"^constexpr int (\w+) = ([^;]+);", text, re.MULTILINE))
 
-    decode_constants = constants("item.cuh", "dense_decode.cu")
+    decode_constants = constants("item.cuh", "wide_rows.cuh", "dense_decode.cu")
     few_constants = constants("item.cuh", "few_rows.cuh", "dense_decode_few.cu")
     combine_constants = constants("combine.cu")
     assert int(decode_constants["BLOCK_M"]) == host.ROW_TILE
@@ -763,6 +763,8 @@ def test_constants_are_those_of_the_device_code() -> None:
         assert eval(these["NUM_THREADS"], {"WARPGROUP": int(these["WARPGROUP"])}) == host.THREADS
     assert int(few_constants["SLOT_TILES"]) == host.FEW_BOX_TILES
     assert [int(few_constants["KV_LORA_RANK"])] == [rank for rank, _ in host.FEW_SHAPES]
+    wide_constants = constants("item.cuh", "wide_rows.cuh", "fp8_row.cuh", "dense_decode_fp8_wide.cu")
+    assert eval(wide_constants["NUM_THREADS"], {"WARPGROUP": int(wide_constants["WARPGROUP"])}) == host.WIDE_THREADS
     for name in ("ROW_THREADS", "WARP_THREADS"):
         assert int(combine_constants[name]) == getattr(host, name)
     layouts = (_build.KERNELS / "partial.cuh").read_text()

@@ -17,7 +17,7 @@ BUILT_AROUND: dict[str, set[str]] = {
     "dense_decode": {"HGMMA", "UTMALDG"},
     "dense_decode_few": {"HGMMA", "UTMALDG"},
     "dense_decode_fp8": {"QGMMA", "HGMMA", "LDSM"},
-    "dense_decode_fp8_wide": {"QGMMA", "HGMMA", "LDSM"},
+    "dense_decode_fp8_wide": {"HGMMA", "UBLKCP", "UTMALDG"},
     "plan": {"LDG", "STG"},
     "slots": {"LDG", "STG"},
 }
@@ -85,16 +85,14 @@ def test_decode_of_few_rows_issues_the_matrix_instructions_of_its_arithmetic_and
 
 
 def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
-    """Per unit 16 steps of S over 32 codes, high and low parts of a consumer's rows at once, and four of the rotated
-    columns; of O two steps for the high and two for the low parts of every 64 columns. A consumer has all columns of
-    its rows, or, of 64 rows, half of them of both consumers' rows. Codes of values are read once. Rows by index come
-    with one copy, and their keys through registers: 20 steps of 32 bytes."""
+    """Per unit 16 steps of S over 32 codes, high and low parts of the rows at once, and four of the rotated columns; of
+    O two steps for the high and two for the low parts of every 64 columns. Codes of values are read once. Rows by index
+    come with one copy, and their keys through registers: 20 steps of 32 bytes."""
     found = 0
     for file, kernel, instructions in shipped():
-        if not file.startswith("dense_decode_fp8"):
+        if file != "dense_decode_fp8":
             continue
-        is_wide = file == "dense_decode_fp8_wide"
-        rows = 32 if is_wide else int(kernel.split("_")[-4].removeprefix("few"))
+        rows = int(kernel.split("_")[-4].removeprefix("few"))
         count = Counter(instructions)
         assert {name: n for name, n in count.items() if name.startswith(("HGMMA", "QGMMA"))} == {
             f"QGMMA.64x{2 * rows}x32.F32.E4M3.E4M3": 16,
@@ -102,7 +100,7 @@ def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and
             f"QGMMA.64x{rows}x32.F32.E4M3.E4M3": 32,
         }, kernel
         is_sparse = "_sparse_" in kernel
-        reads = {"LDSM.16.MT88.4": 2 * (4 if is_wide else 8)}  # per 64 columns of values
+        reads = {"LDSM.16.MT88.4": 2 * 8}  # per 64 columns of values
         if is_sparse:
             reads["LDSM.16.M88.4"] = 20
         assert {name: n for name, n in count.items() if name.startswith("LDSM")} == reads, kernel
@@ -113,7 +111,32 @@ def test_decode_of_fp8_rows_issues_the_matrix_instructions_of_its_arithmetic_and
         ), kernel
         assert_roles(kernel, instructions, takers=1, givers=1)
         found += 1
-    assert found == 6
+    assert found == 4
+
+
+def test_decode_of_fp8_rows_as_fp16_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Per unit 32 steps of S in fp16 and four of the rotated columns in bf16; of O four for each quarter of the
+    columns, two quarters in each value warpgroup. Copies of rows are no loop over lanes."""
+    found = 0
+    for file, kernel, instructions in shipped():
+        if file != "dense_decode_fp8_wide":
+            continue
+        count = Counter(instructions)
+        assert {name: n for name, n in count.items() if name.startswith(("HGMMA", "QGMMA"))} == {
+            "HGMMA.64x64x16.F32": 32,
+            "HGMMA.64x64x16.F32.BF16": 4,
+            "HGMMA.64x128x16.F32": 2 * 2 * 4,
+        }, kernel
+        assert {name: n for name, n in count.items() if name.startswith(("LDSM", "STSM"))} == {"STSM.16.M88.4": 4}
+        # Of the ring's two first units, by who converts, and of the others in either value warpgroup.
+        assert sum(n for name, n in count.items() if name.startswith("UBLKCP")) == 2 * 2 * 8 + 2 * 8, kernel
+        unpacks = sum(n for name, n in count.items() if "E4M3.UNPACK" in name)
+        assert unpacks == 16 * 512 // 2 // 32, kernel  # of a warp's rows, two codes per lane
+        # Before what the tensor cores or copies find: the barriers' beginnings, units, Q, P.
+        assert sum(n for name, n in count.items() if name.startswith("FENCE.VIEW.ASYNC")) == 4, kernel
+        assert_roles(kernel, instructions, takers=2, givers=2)
+        found += 1
+    assert found == 2
 
 
 def assert_roles(kernel: str, instructions: list[str], takers: int, givers: int) -> None:

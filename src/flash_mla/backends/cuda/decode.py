@@ -27,6 +27,7 @@ CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 ROW_TILE = 64  # query rows per CTA
 THREADS = 384
+WIDE_THREADS = 512  # over FP8 rows, of kernels/dense_decode_fp8_wide.cu
 # Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them: what SHARED_BYTES follows from.
 STAGES = {512: 3, 256: 5, 128: 8}
 TILE_COLUMNS = 64
@@ -39,7 +40,7 @@ FEW_SHAPES = ((512, 64),)
 FEW_BOX_TILES = 3  # a box is a third of a unit
 # Query rows of a CTA over FP8 rows -> sizeof(Shared), of pages and of rows by index: kernels/dense_decode_fp8.cu, and
 # dense_decode_fp8_wide.cu for 64.
-FP8_ROWS = {16: (203776, 220160), 32: (225280, 199680), 64: (229376, 194560)}
+FP8_ROWS = {16: (203776, 220160), 32: (225280, 199680), 64: (226304, 226304)}
 FEWEST_WIDE_UNITS = 24  # per SM, of 64 indices: fewer are shared by tiles of 32 query rows
 MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
@@ -173,7 +174,7 @@ def workspace_bytes(call: DecodeCall, slots: int) -> int:
     """Bytes of partial results: two per slot, each kv_lora_rank fp16, a log-sum and the fp32 scales per query row.
 
     From shapes and the number of SMs alone: slots * tiles <= SMs, so at most 2 * 132 * 64 rows of 1,036 bytes (17 MiB)
-    on an H200, of 1,060 over FP8 rows, or 2 * 132 * 32 of 1,060 where rows are few.
+    on an H200, or 2 * 132 * 32 of 1,060 where rows are few.
     """
     return 2 * slots * call.seqlen_q * call.num_heads * (2 * call.kv_lora_rank + 4 * (1 + _form(call).scales))
 
@@ -220,6 +221,7 @@ class _Form:
     kv_tiles: int
     scales: int  # per row of a partial result: SCALES of its layout in kernels/partial.cuh
     merge: str  # suffix of the kernels that merge them
+    threads: int = THREADS
 
 
 def _form(call: DecodeCall) -> _Form:
@@ -245,12 +247,14 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
 
 @functools.cache
 def _fp8_form_of(rows: int, sparse: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
-    file, few = ("dense_decode_fp8_wide", "") if rows == ROW_TILE else ("dense_decode_fp8", f"few{rows}_")
+    is_wide = rows == ROW_TILE
+    file, few = ("dense_decode_fp8_wide", "") if is_wide else ("dense_decode_fp8", f"few{rows}_")
     name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' if sparse else ''}{few}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
-    merge = f"pair_bf16_{kv_lora_rank}"
-    # Rows named by index are not moved by boxes.
-    tiles = 0 if sparse else FP8_BOX_TILES
-    return _Form(file, name, FP8_ROWS[rows][sparse], rows, tiles, FEW_SCALES, merge)
+    scales, merge = (TILE_SCALES, "bf16") if is_wide else (FEW_SCALES, "pair_bf16")
+    # Boxes move no rows that are named by index, nor those that become fp16 on their way.
+    tiles = 0 if sparse or is_wide else FP8_BOX_TILES
+    threads = WIDE_THREADS if is_wide else THREADS
+    return _Form(file, name, FP8_ROWS[rows][sparse], rows, tiles, scales, f"{merge}_{kv_lora_rank}", threads)
 
 
 def _fp8_maps(call: DecodeCall, kv_cache: torch.Tensor, box_rows: int) -> tuple[bytes, bytes, bytes]:
@@ -360,7 +364,7 @@ def decode(
         addresses = (*pointers, at_items, first_split, block_table.data_ptr(), cache_seqlens.data_ptr())
         DECODE_ADDRESSES.pack_into(thread.decode, 2 * TENSOR_MAP_BYTES, *addresses)
         driver.launch(
-            device_index, kernel, piece.grid, THREADS, form.shared_bytes, stream, thread.decode, programmatic=True
+            device_index, kernel, piece.grid, form.threads, form.shared_bytes, stream, thread.decode, programmatic=True
         )
         if piece.merge is not None:
             thread.combine_bytes[:] = piece.combine
@@ -431,9 +435,17 @@ def _prepare(
     queries = (rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
     if form.kv_tiles == 0:
         q_map = kv_map = b""
-        # A pool of pages of one row: they are as far apart as rows are.
-        row_stride = kv_cache.stride(0 if call.block_size == 1 else 1)
-        fp8 = (*queries, kv_cache.data_ptr(), row_stride // 16, call.num_blocks * call.block_size)
+        if form.q_rows == ROW_TILE:
+            q_map = _tensor_map(call, rows, ROW_TILE, -(-rows.shape[3] // TILE_COLUMNS))
+        # The stride of a dimension of one element is never walked: it may be anything.
+        strides = [kv_cache.stride(dim) // 16 if kv_cache.shape[dim] > 1 else 0 for dim in range(3)]
+        page_stride, row_stride, head_stride = strides
+        num_places = call.num_blocks
+        if call.sparse:
+            num_places *= call.block_size
+            if call.block_size == 1:  # pages of one row: they are as far apart as rows are
+                row_stride = page_stride
+        fp8 = (*queries, kv_cache.data_ptr(), row_stride, num_places, page_stride, head_stride)
     elif call.fp8:
         q_map, kv_map, scale_map = _fp8_maps(call, kv_cache, box_rows)
         fp8 = (scale_map, *queries)

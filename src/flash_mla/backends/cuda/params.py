@@ -69,7 +69,7 @@ FP8_DECODE_FIELDS = (("q", "Q"), ("q_stride_request", "q"), ("q_stride_row", "q"
 _fields = "".join(code for _, code in FP8_DECODE_FIELDS)
 _used = struct.calcsize(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}")
 FP8_DECODE = struct.Struct(f"={DECODE.size}s{TENSOR_MAP_BYTES}s{_fields}{-_used % 64}x")
-# GatherParams: DecodeParams, whose maps are not used, and these.
+# GatherParams: DecodeParams, of whose maps at most that of the queries is used, and these.
 GATHER_FIELDS = (
     ("q", "Q"),
     ("q_stride_request", "q"),
@@ -77,7 +77,9 @@ GATHER_FIELDS = (
     ("q_stride_head", "q"),
     ("pool", "Q"),
     ("row_stride", "I"),
-    ("num_rows", "i"),
+    ("num_places", "i"),
+    ("page_stride", "I"),
+    ("head_stride", "I"),
 )
 _fields = "".join(code for _, code in GATHER_FIELDS)
 _used = struct.calcsize(f"={DECODE.size}s{_fields}")

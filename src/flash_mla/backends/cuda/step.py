@@ -9,7 +9,7 @@ import torch
 from ...contract import AppendCall, DecodeCall
 from . import driver
 from .append import ADDRESSES, MAX_UNIT, launch_form
-from .decode import THREADS, prepared_for
+from .decode import prepared_for
 from .params import COMBINE_ADDRESSES, DECODE_ADDRESSES, TENSOR_MAP_BYTES
 
 __all__ = ["Results", "StepLaunches", "ready_step"]
@@ -110,7 +110,7 @@ def ready_step(
     (piece,), stream = prepared.pieces, driver.raw_stream(device_index)
     of_decode, shared = prepared.form, prepared.form.shared_bytes
     kernel = driver.function(device_index, of_decode.file, of_decode.name, shared)
-    decode = driver.Launch(kernel, piece.grid, THREADS, shared, stream, piece.decode, programmatic=True)
+    decode = driver.Launch(kernel, piece.grid, of_decode.threads, shared, stream, piece.decode, programmatic=True)
     merge = None
     if piece.merge is not None:
         kernel = driver.function(device_index, "combine", piece.merge)
