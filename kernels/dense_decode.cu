@@ -465,12 +465,7 @@ __device__ __forceinline__ void decode(const DecodeParams& params) {
     const int tile = blockIdx.x % params.tiles;
     shared.cta = {(int)blockIdx.x / params.tiles, tile / params.row_tiles, tile % params.row_tiles * BLOCK_M};
   }
-  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
-  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
-  __syncthreads();
-  if (threadIdx.x / 32 == NUM_THREADS / 32 - 1) prefetch_chain(params, shared.cta);  // a warp whose work comes last
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
+  begin_launch(params, shared.cta, NUM_THREADS / 32 - 1);
 
   // Uniform to the compiler too, or it serialises the wgmmas.
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);

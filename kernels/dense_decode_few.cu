@@ -200,7 +200,7 @@ __device__ __forceinline__ void probabilities(const DecodeParams& params, Shared
   for (int i = 0; i < S::ROWS / 2; ++i) {
     s[i] = __fmaf_rn(s[i], params.softmax_scale_log2, -result.reference[column_of(i)]);
   }
-  hide<S>(shared, 0, item.length - (item.first_unit + unit) * BLOCK_N, s);
+  hide<S>(shared, item.length - (item.first_unit + unit) * BLOCK_N, s);
   float top[S::COLUMNS];
 #pragma unroll
   for (int i = 0; i < S::ROWS / 2; ++i) {

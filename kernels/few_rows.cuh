@@ -88,15 +88,14 @@ struct Result {
   float sum[S::COLUMNS];          // over this thread's tokens
 };
 
-// Scores of tokens that a query row does not see are none; `stored` tokens of the request from the unit's first one on,
-// of rows from `first_row` of the CTA's on.
+// Scores of tokens that a query row does not see are none; `stored` tokens of the request from the unit's first one on.
 template <class S>
-__device__ __forceinline__ void hide(typename S::Memory& shared, int first_row, int stored, float (&s)[S::ROWS / 2]) {
+__device__ __forceinline__ void hide(typename S::Memory& shared, int stored, float (&s)[S::ROWS / 2]) {
   if (stored - shared.row[0].hidden >= BLOCK_N) return;  // row 0 sees the least
   const int token = thread_index() % WARPGROUP / 32 * 16 + thread_index() % 32 / 4;
 #pragma unroll
   for (int i = 0; i < S::ROWS / 2; ++i) {
-    const int visible = stored - shared.row[first_row + column_row(column_of(i))].hidden;
+    const int visible = stored - shared.row[column_row(column_of(i))].hidden;
     // Not arithmetic: what lies past the length may be NaN.
     s[i] = token + (i >> 1 & 1) * 8 < visible ? s[i] : -infinity();
   }
@@ -337,10 +336,5 @@ __device__ __forceinline__ void begin_cta(const DecodeParams& params, typename S
     shared.row[threadIdx.x] = {row_index(params, cta, row), is_row ? head * params.seqlen_q + query : -1,
                                params.is_causal && is_row ? params.seqlen_q - 1 - query : 0};
   }
-  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
-  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
-  __syncthreads();
-  if (threadIdx.x / 32 == NUM_THREADS / 32 - 1) prefetch_chain(params, cta);  // a warp with nothing else to do
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
+  begin_launch(params, cta, NUM_THREADS / 32 - 1);
 }

@@ -21,7 +21,7 @@
 //
 // A shape S has, besides what few_rows.cuh and fp8_units.cuh want: where a consumer's Q (q, q_rope) and P (p) are; how
 // many products are under way at once (S_PARTS, V_PARTS); and the registers of a consumer's thread
-// (CONSUMER_REGISTERS). ROWS are those that a consumer scores. (Over 500 lines: what the codes' order means to queries,
+// (CONSUMER_REGISTERS). ROWS are those that a consumer scores. (Over 400 lines: what the codes' order means to queries,
 // scores and values is said in one place.)
 #pragma once
 
@@ -465,7 +465,7 @@ __device__ __forceinline__ void count_scores(typename S::Memory& shared, int con
 #pragma unroll
     for (int i = 0; i < S::ROWS / 2; ++i) s[i] = tokens.are_seen[i >> 1 & 1] ? s[i] : -infinity();
   } else {
-    hide<S>(shared, 0, stored, s);
+    hide<S>(shared, stored, s);
   }
 }
 

@@ -113,3 +113,13 @@ __device__ __forceinline__ void prefetch_chain(const DecodeParams& params, const
   if (request >= params.batch || params.max_blocks == 0) return;
   prefetch_global_l2(params.block_table + request * params.table_stride_request + page * params.table_stride_page);
 }
+
+// A CTA's beginning, by all its threads, once what they share is set up: `warp` is one whose work comes last.
+__device__ __forceinline__ void begin_launch(const DecodeParams& params, const Cta& cta, int warp) {
+  // A launch's parameters are in no cache yet: fetched here they do not add to the chain of loads behind the wait.
+  asm volatile("" ::"l"(params.items), "l"(params.cache_seqlens), "l"(params.block_table), "r"(params.block_size));
+  __syncthreads();
+  if (threadIdx.x / 32 == warp) prefetch_chain(params, cta);
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+}

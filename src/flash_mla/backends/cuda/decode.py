@@ -154,7 +154,7 @@ def _fp8_rows(call: DecodeCall) -> int:
     """Query rows of a CTA over FP8 rows.
 
     More than 32 rows are done in tiles of 32, twice as many, where a list of indices is too little for tiles of 64:
-    128 heads of 32 queries and 2,048 indices each took 66 and 79 us, of 64 queries 124 and 119, of 128 241 and 228.
+    128 heads of 32 queries and 2,048 indices each took 67 and 74 us, of 128 queries 241 and 204.
     """
     rows = next((most for most in FP8_ROWS if call.rows <= most), max(FP8_ROWS))
     if rows == ROW_TILE and call.sparse:
