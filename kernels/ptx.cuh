@@ -1,5 +1,6 @@
 // One function = one instruction. Names are the instructions'; what surprises is said beside it.
 // Source: PTX ISA 8.x, https://docs.nvidia.com/cuda/parallel-thread-execution/
+// (Over 400 lines: a list, to look things up in.)
 #pragma once
 
 #ifdef __CUDACC_RTC__  // NVRTC has no standard headers
@@ -22,7 +23,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t& barrier, uint32_t count)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count));
 }
 
-// Makes the inits visible to the async proxy (TMA), which completes transactions on them.
+// Makes the inits visible to the async proxy (TMA), which completes transactions on them, and to the cluster.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -59,6 +60,46 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t& barrier, uint32_t parity
       "bra again;\n"
       "done:\n}" ::"r"(shared_address(&barrier)),
       "r"(parity)
+      : "memory");
+}
+
+// --- clusters -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t value;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+  return value;
+}
+
+// All threads of the cluster arrive and then wait. Of what they wrote fence_mbarrier_init alone is seen behind the
+// wait: a release would also wait for every store to global memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// What is at `address` of this CTA's shared memory, in that of CTA `rank` of the cluster.
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+// At the barrier of a CTA of the cluster, whose address map_shared gave. Its scope is the CTA's: it says that this one
+// has read, not what it has written, and a release for the cluster would wait for every store to global memory.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// To the shared memory of a CTA of the cluster, whose `barrier` counts the bytes once they are there.
+__device__ __forceinline__ void st_async(uint32_t target, uint32_t value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(target), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_async_v4(uint32_t target, const uint4& value, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
       : "memory");
 }
 
@@ -136,6 +177,10 @@ __device__ __forceinline__ float ld_shared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void st_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_v4(uint32_t address, const uint4& value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -159,6 +204,47 @@ __device__ __forceinline__ int4 ld_global_nc(const int4* address) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
+  return value;
+}
+
+// What is read but once, past L1; zero where it is not wanted, and then `address` may be anything.
+__device__ __forceinline__ uint32_t ld_global_or_zero(const void* address, uint32_t is_wanted) {
+  uint32_t value;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.b32 %0, [%1];\n}"
+      : "=&r"(value)
+      : "l"(address), "r"(is_wanted));
+  return value;
+}
+
+__device__ __forceinline__ uint2 ld_global_or_zero_v2(const void* address, uint32_t is_wanted) {
+  uint2 value;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];\n}"
+      : "=&r"(value.x), "=&r"(value.y)
+      : "l"(address), "r"(is_wanted));
+  return value;
+}
+
+__device__ __forceinline__ uint4 ld_global_or_zero_v4(const void* address, uint32_t is_wanted) {
+  uint4 value;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
+      : "l"(address), "r"(is_wanted));
   return value;
 }
 

@@ -1,9 +1,9 @@
-// The decode kernels on the host, in place of ptx.cuh: a thread per CUDA thread, one CTA at a time. Written from the
-// PTX ISA, not from the kernels: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take
+// The decode kernels on the host, in place of ptx.cuh: a thread per CUDA thread, one cluster at a time. Written from
+// the PTX ISA, not from the kernels: TMA writes boxes with the 128-byte swizzle, ldmatrix, stmatrix and wgmma take
 // fragments and descriptors apart as the ISA lays them out, an mbarrier's phase ends when arrivals and bytes are
 // complete. What a kernel gets wrong in an address, a descriptor, a fragment or the order of its barriers comes out as
-// a wrong number or a wait that never ends. TMA finishes where it is issued, or, on demand, as late and as far out of
-// order as it may. Not modelled: the asynchrony of wgmma, proxies.
+// a wrong number or a wait that never ends. TMA and stores to other CTAs finish where they are issued, or, on demand,
+// as late and as far out of order as they may. Not modelled: the asynchrony of wgmma, proxies.
 #pragma once
 
 #include <setjmp.h>
@@ -24,7 +24,7 @@
 
 #define __device__
 #define __global__
-#define __shared__ static  // CTAs run one at a time
+#define __shared__ static  // clusters run one at a time; those of more than one CTA have dynamic shared memory alone
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -55,8 +55,11 @@ struct Index {
   int x, y, z;
 };
 inline thread_local Index threadIdx, blockIdx;
-inline int cta_threads;
+inline int cta_threads, cluster_size;
+constexpr int MOST_CTAS = 2, MOST_THREADS = 512;  // of a cluster, and of a CTA
+inline thread_local int cta_rank;
 inline int thread_index() { return threadIdx.x; }
+inline int cluster_thread() { return cta_rank * cta_threads + threadIdx.x; }
 
 // --- waiting --------------------------------------------------------------------------------------------------------
 
@@ -76,19 +79,21 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
 };
 inline bool are_fibers = false;
-// The warpgroup whose fibers go on as long as they can before others have a turn, to be ahead wherever it may; < 0:
-// none.
+// The warpgroup of the cluster whose fibers go on as long as they can before others have a turn, to be ahead wherever
+// it may; < 0: none.
 inline int favoured = -1;
+// The warp of the cluster whose fibers have a turn only when no others can go on; < 0: none.
+inline int delayed = -1;
 inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline std::function<void()> of_fiber;
 
 inline void switch_fiber() {
-  if (_setjmp(fibers[threadIdx.x].here) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(fibers[cluster_thread()].here) == 0) _longjmp(scheduler, 1);
 }
 inline void begin_fiber() {
   of_fiber();
-  fibers[threadIdx.x].has_ended = true;
+  fibers[cluster_thread()].has_ended = true;
   _longjmp(scheduler, 1);
 }
 inline void resume(Fiber& fiber) {
@@ -136,12 +141,41 @@ struct Barrier {
   void reset() { here = 0, votes = false; }
 };
 
-inline Barrier named_barriers[16], warp_barriers[16], warpgroup_barriers[4];
+inline Barrier named_barriers[MOST_CTAS][16];
+inline Barrier warp_barriers[MOST_CTAS * MOST_THREADS / 32];
 
-inline void bar_sync(int barrier, int threads) { named_barriers[barrier].wait(threads); }
-inline bool bar_red_or(int barrier, int threads, bool vote) { return named_barriers[barrier].wait(threads, vote); }
+inline bool bar_red_or(int barrier, int threads, bool vote) {
+  return named_barriers[cta_rank][barrier].wait(threads, vote);
+}
+inline void bar_sync(int barrier, int threads) { bar_red_or(barrier, threads, false); }
 inline void __syncthreads() { bar_sync(0, cta_threads); }
-inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
+inline void __syncwarp() { warp_barriers[cluster_thread() / 32].wait(32); }
+
+// All threads of a cluster.
+struct ClusterBarrier {
+  std::mutex lock;
+  std::condition_variable all_here;
+  int here = 0, generation = 0;
+  int arrived_in[MOST_CTAS * MOST_THREADS];
+
+  void arrive() {
+    std::lock_guard<std::mutex> held(lock);
+    ++progress;
+    arrived_in[cluster_thread()] = generation;
+    if (++here < cluster_size * cta_threads) return;
+    here = 0;
+    ++generation;
+    all_here.notify_all();
+  }
+  void wait() {
+    std::unique_lock<std::mutex> held(lock);
+    wait_until(held, all_here, [&] { return generation != arrived_in[cluster_thread()]; });
+  }
+};
+inline ClusterBarrier cluster_barrier;
+inline void cluster_arrive() { cluster_barrier.arrive(); }
+inline void cluster_wait() { cluster_barrier.wait(); }
+inline uint32_t cluster_rank() { return cta_rank; }
 
 struct Mbarrier {
   uint16_t expected, pending;
@@ -189,14 +223,14 @@ void setmaxnreg_dec() {}
 
 // --- a warp ---------------------------------------------------------------------------------------------------------
 
-inline uint32_t exchanged[512][4];
+inline uint32_t exchanged[MOST_CTAS * MOST_THREADS][4];
 
 // Each lane's four registers, to be read by the others until the next __syncwarp.
 inline const uint32_t (*share(uint32_t a, uint32_t b = 0, uint32_t c = 0, uint32_t d = 0))[4] {
-  uint32_t* mine = exchanged[threadIdx.x];
+  uint32_t* mine = exchanged[cluster_thread()];
   mine[0] = a, mine[1] = b, mine[2] = c, mine[3] = d;
   __syncwarp();
-  return exchanged + threadIdx.x / 32 * 32;
+  return exchanged + cluster_thread() / 32 * 32;
 }
 
 template <class T>
@@ -246,15 +280,15 @@ inline bool __all_sync(unsigned mask, bool vote) { return !__any_sync(mask, !vot
 
 constexpr uint32_t SHARED_BASE = 1024;  // where dynamic_shared begins, as the kernel sees addresses
 constexpr uint32_t SHARED_SIZE = 232448;
-alignas(1024) inline uint8_t host_shared[SHARED_SIZE];
-#define dynamic_shared host_shared
+alignas(1024) inline uint8_t cluster_shared[MOST_CTAS][SHARED_SIZE];
+#define dynamic_shared cluster_shared[cta_rank]
 
 inline uint32_t shared_address(const void* pointer) {
-  return (uint32_t)(static_cast<const uint8_t*>(pointer) - host_shared) + SHARED_BASE;
+  return (uint32_t)(static_cast<const uint8_t*>(pointer) - cluster_shared[cta_rank]) + SHARED_BASE;
 }
 inline uint8_t* at(uint32_t address) {
-  if (address - SHARED_BASE >= SHARED_SIZE) return is_stuck = true, host_shared;
-  return host_shared + (address - SHARED_BASE);
+  if (address - SHARED_BASE >= SHARED_SIZE) return is_stuck = true, cluster_shared[cta_rank];
+  return cluster_shared[cta_rank] + (address - SHARED_BASE);
 }
 // 128-byte swizzle: of a 1,024-byte pattern, the 16-byte chunk (bits 4..6) is exclusive-ored with the row (bits 7..9).
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
@@ -317,7 +351,22 @@ inline float ld_shared(uint32_t address) {
   memcpy(&value, at(address), 4);
   return value;
 }
+inline void st_shared(uint32_t address, uint32_t value) { memcpy(at(address), &value, 4); }
 inline void st_shared_v4(uint32_t address, const uint4& value) { memcpy(at(address), &value, 16); }
+
+// Of a CTA of the cluster; only what is made for them takes such an address.
+constexpr uint32_t CTA_WINDOW = 1 << 24;
+inline uint32_t map_shared(uint32_t address, uint32_t rank) { return (rank + 1) * CTA_WINDOW + address; }
+inline std::atomic<int> running_threads[MOST_CTAS];
+inline uint8_t* at_cta(uint32_t address) {
+  const int rank = (int)(address / CTA_WINDOW) - 1;
+  const uint32_t offset = address % CTA_WINDOW - SHARED_BASE;
+  // Of a CTA that has ended shared memory is another's.
+  if (rank < 0 || rank >= cluster_size || running_threads[rank] == 0 || offset >= SHARED_SIZE) {
+    return is_stuck = true, cluster_shared[0];
+  }
+  return cluster_shared[rank] + offset;
+}
 
 // What the host packs in place of CUtensorMap: of 2-byte elements; strides in bytes, of dimension 1 on.
 struct alignas(64) TensorMap {
@@ -349,34 +398,62 @@ inline void load_box(void* target, const TensorMap& map, uint64_t& barrier, cons
   update(barrier, 0, -bytes);
 }
 
-// TMA promises no order among loads: late ones come only when nothing else can go on, the last issued first.
+// No order is promised among loads, nor among what goes to other CTAs: late ones come only when nothing else can go on,
+// the last issued first.
 inline bool loads_are_late = false;
-inline std::vector<std::function<void()>> late_loads;  // of the CTA, under `lock`
+inline std::vector<std::function<void()>> late_loads;  // of the cluster, under `lock`
 constexpr auto STANDSTILL = std::chrono::milliseconds(20);
 
-inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row, int tile, int head,
-                        int outer) {
-  const auto load = [=, &map, &barrier] { load_box(target, map, barrier, {column, row, tile, head, outer}); };
+// Now, or late and then as this CTA.
+template <class Load>
+void issue(const Load& load) {
   if (!loads_are_late) return load();
   std::lock_guard<std::mutex> held(lock);
   ++progress;
-  late_loads.push_back(load);
+  late_loads.push_back([load, rank = cta_rank] {
+    const int before = cta_rank;
+    cta_rank = rank;
+    load();
+    cta_rank = before;
+  });
+}
+
+inline void tma_load_5d(void* target, const TensorMap& map, uint64_t& barrier, int column, int row, int tile, int head,
+                        int outer) {
+  issue([=, &map, &barrier] { load_box(target, map, barrier, {column, row, tile, head, outer}); });
 }
 
 inline void bulk_load(uint32_t target, const void* from, uint32_t bytes, uint64_t& barrier) {
   if (target % 16 || bytes % 16 || reinterpret_cast<uint64_t>(from) % 16) is_stuck = true;
-  const auto load = [=, &barrier] {
+  issue([=, &barrier] {
+    if (is_stuck) return;    // then `from` may be anything
     at(target + bytes - 1);  // which says so if that is not in shared memory
     memcpy(at(target), from, bytes);
     update(barrier, 0, -(int)bytes);
-  };
-  if (!loads_are_late) return load();
-  std::lock_guard<std::mutex> held(lock);
-  ++progress;
-  late_loads.push_back(load);
+  });
 }
 
-// A thread that does the late loads until the CTA has ended.
+// What goes to another CTA.
+template <class Send>
+void send(const Send& to_there) {
+  if (!are_fibers) return to_there();  // a standstill of threads takes 20 ms to be seen, and stores are one per lane
+  issue(to_there);
+}
+inline void mbarrier_arrive_cluster(uint32_t barrier) {
+  send([=] { update(*reinterpret_cast<uint64_t*>(at_cta(barrier)), 1, 0); });
+}
+template <class T>
+void store_late(uint32_t target, const T& value, uint32_t barrier) {
+  if (target % sizeof(T) || target / CTA_WINDOW != barrier / CTA_WINDOW) is_stuck = true;
+  send([=] {
+    memcpy(at_cta(target), &value, sizeof(T));
+    update(*reinterpret_cast<uint64_t*>(at_cta(barrier)), 0, -(int)sizeof(T));
+  });
+}
+inline void st_async(uint32_t target, uint32_t value, uint32_t barrier) { store_late(target, value, barrier); }
+inline void st_async_v4(uint32_t target, const uint4& value, uint32_t barrier) { store_late(target, value, barrier); }
+
+// A thread that does the late loads until the cluster has ended.
 inline void do_late_loads(const std::atomic<bool>& has_ended) {
   int64_t seen = -1;
   while (!has_ended) {
@@ -401,6 +478,21 @@ inline void do_late_loads(const std::atomic<bool>& has_ended) {
 template <class T>
 T ld_global_nc(const T* address) {
   return *address;
+}
+template <class T>
+T load_or_zero(const void* address, uint32_t is_wanted) {
+  T value{};
+  if (is_wanted && !is_stuck) memcpy(&value, address, sizeof(T));
+  return value;
+}
+inline uint32_t ld_global_or_zero(const void* address, uint32_t is_wanted) {
+  return load_or_zero<uint32_t>(address, is_wanted);
+}
+inline uint2 ld_global_or_zero_v2(const void* address, uint32_t is_wanted) {
+  return load_or_zero<uint2>(address, is_wanted);
+}
+inline uint4 ld_global_or_zero_v4(const void* address, uint32_t is_wanted) {
+  return load_or_zero<uint4>(address, is_wanted);
 }
 inline void prefetch_global_l2(const void*) {}
 inline uint32_t max_abs_bf16x2(uint32_t a, uint32_t b) {  // of positive numbers bits are in their order, NaN above
@@ -523,12 +615,10 @@ inline void split_e4m3(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit_group() {}
-// A wgmma is one operation of a warpgroup, so it is complete when the rows of all four warps are.
+// Groups that may be pending are complete too: nobody may rely on that they are not. Nor on that the other warps' rows
+// of a wgmma are, whose operands those still read.
 template <int PENDING>
-void wgmma_wait_group() {
-  // Groups that may be pending are complete too: nobody may rely on that they are not.
-  warpgroup_barriers[threadIdx.x / 128].wait(128);
-}
+void wgmma_wait_group() {}
 
 // Element (row, k) of an operand in shared memory, as its descriptor says: K-major, or MN-major where `is_transposed`.
 template <bool IS_BF16>
@@ -654,8 +744,9 @@ void wgmma_m64k32_e4m3_registers(float (&d)[REGISTERS], const uint32_t (&a)[4], 
 
 // --- launch ---------------------------------------------------------------------------------------------------------
 
-// A CTA in turns; a turn in which nothing goes on is the end of it, or of the wait for a late load.
-inline void run_fibers(int threads, const std::function<void()>& function) {
+// A cluster in turns; a turn in which nothing goes on is the end of it, or of the wait for a late load.
+inline void run_fibers(const Index* blocks, const std::function<void()>& function) {
+  const int threads = cluster_size * cta_threads;
   of_fiber = function;
   fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : fibers) {
@@ -664,16 +755,18 @@ inline void run_fibers(int threads, const std::function<void()>& function) {
     fiber.start.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.start, begin_fiber, 0);
   }
-  const Index block = blockIdx;
   for (int running = threads; running > 0;) {
     const int64_t before = progress;
     const int running_before = running;
+    bool is_late_turn = false;
     const auto turn = [&](int from, int to) {
       for (int thread = from; thread < to; ++thread) {
-        if (fibers[thread].has_ended) continue;
-        blockIdx = block, threadIdx = {thread, 0, 0};
+        if (fibers[thread].has_ended || (thread / 32 == delayed && !is_late_turn)) continue;
+        cta_rank = thread / cta_threads;
+        blockIdx = blocks[cta_rank], threadIdx = {thread % cta_threads, 0, 0};
         resume(fibers[thread]);
         running -= fibers[thread].has_ended;
+        running_threads[thread / cta_threads] -= fibers[thread].has_ended;
       }
     };
     for (int64_t seen = -1; favoured >= 0 && seen != progress;) {
@@ -681,6 +774,9 @@ inline void run_fibers(int threads, const std::function<void()>& function) {
       turn(128 * favoured, 128 * favoured + 128);
     }
     turn(0, threads);
+    if (progress != before || running != running_before) continue;
+    is_late_turn = true;
+    if (delayed >= 0) turn(32 * delayed, 32 * delayed + 32);
     if (progress != before || running != running_before) continue;
     if (late_loads.empty()) {
       is_stuck = true;
@@ -695,20 +791,25 @@ inline void run_fibers(int threads, const std::function<void()>& function) {
 // What shared memory holds when a CTA begins.
 inline uint32_t garbage = 0xFFFFFFFF;
 
-// Returns whether every wait ended and every address was one of shared memory.
+// Returns whether every wait ended and every address was one of shared memory. `cluster`: CTAs of one, in x.
 template <class Kernel, class Params>
-bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads) {
-  is_stuck = false;
+bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads, int cluster = 1) {
   cta_threads = threads;
-  for (int block = 0; block < grid.x * grid.y * grid.z && !is_stuck; ++block) {
-    for (uint32_t at = 0; at < SHARED_SIZE; at += 4) memcpy(host_shared + at, &garbage, 4);
-    for (Barrier& barrier : named_barriers) barrier.reset();
+  cluster_size = cluster;
+  is_stuck = cluster > MOST_CTAS || threads > MOST_THREADS || grid.x % cluster != 0;
+  is_stuck = is_stuck || favoured >= cluster * threads / 128 || delayed >= cluster * threads / 32;
+  for (int block = 0; block < grid.x * grid.y * grid.z && !is_stuck; block += cluster) {
+    Index blocks[MOST_CTAS];
+    for (int rank = 0; rank < cluster; ++rank) {
+      blocks[rank] = {block % grid.x + rank, block / grid.x % grid.y, block / grid.x / grid.y};
+      running_threads[rank] = threads;
+      for (uint32_t at = 0; at < SHARED_SIZE; at += 4) memcpy(cluster_shared[rank] + at, &garbage, 4);
+      for (Barrier& barrier : named_barriers[rank]) barrier.reset();
+    }
     for (Barrier& barrier : warp_barriers) barrier.reset();
-    for (Barrier& barrier : warpgroup_barriers) barrier.reset();
-    const Index index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    cluster_barrier.here = 0;
     if (are_fibers) {
-      blockIdx = index;
-      run_fibers(threads, [&] { kernel(params); });
+      run_fibers(blocks, [&] { kernel(params); });
       is_stuck = is_stuck || !late_loads.empty();
       late_loads.clear();
       continue;
@@ -718,11 +819,13 @@ bool launch_on_host(Kernel kernel, const Params& params, Index grid, int threads
       if (loads_are_late) do_late_loads(has_ended);
     });
     std::vector<std::thread> running;
-    for (int thread = 0; thread < threads; ++thread) {
+    for (int thread = 0; thread < cluster * threads; ++thread) {
       running.emplace_back([=, &params] {
-        blockIdx = index;
-        threadIdx = {thread, 0, 0};
+        cta_rank = thread / threads;
+        blockIdx = blocks[cta_rank];
+        threadIdx = {thread % threads, 0, 0};
         kernel(params);
+        --running_threads[cta_rank];
       });
     }
     for (std::thread& thread : running) thread.join();

@@ -763,7 +763,7 @@ def test_constants_are_those_of_the_device_code() -> None:
         assert eval(these["NUM_THREADS"], {"WARPGROUP": int(these["WARPGROUP"])}) == host.THREADS
     assert int(few_constants["SLOT_TILES"]) == host.FEW_BOX_TILES
     assert [int(few_constants["KV_LORA_RANK"])] == [rank for rank, _ in host.FEW_SHAPES]
-    wide_constants = constants("item.cuh", "wide_rows.cuh", "fp8_row.cuh", "dense_decode_fp8_wide.cu")
+    wide_constants = constants("item.cuh", "wide_rows.cuh", "fp8_row.cuh", "fp8_wide.cuh")
     assert eval(wide_constants["NUM_THREADS"], {"WARPGROUP": int(wide_constants["WARPGROUP"])}) == host.WIDE_THREADS
     for name in ("ROW_THREADS", "WARP_THREADS"):
         assert int(combine_constants[name]) == getattr(host, name)

@@ -45,7 +45,8 @@ from flash_mla.backends.cuda.params import (
 from flash_mla.codec import decode_rows
 from flash_mla.contract import ITEM_COST, check_sparse
 
-SOURCES = {file: _build.KERNELS / f"{file}.cu" for file in ("dense_decode_fp8", "dense_decode_fp8_wide")}
+FILES = ("dense_decode_fp8", "dense_decode_fp8_wide", "dense_decode_fp8_pair")
+SOURCES = {file: _build.KERNELS / f"{file}.cu" for file in FILES}
 KERNEL = "flash_fwd_splitkv_mla_fp8_kernel_"
 SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
 
@@ -59,18 +60,18 @@ def instantiations(file: str) -> dict[str, tuple[str, str]]:
 def host_source(file: str) -> str:
     """The kernels of a file and `run`, which runs one of them by its name."""
     text = SOURCES[file].read_text().partition("#define DECODE_KERNEL")[0]
-    if "dynamic_shared[]" in text:
-        text = on_host_header(text)
     runs = "".join(
         f'  if (!strcmp(kernel, "{KERNEL}{name}")) {{\n    {params} aligned;\n'
         f"    memcpy(&aligned, params, sizeof aligned);\n"
-        f"    return launch_on_host(decode<{shape}, {params}>, aligned, {{blocks, 1, 1}}, NUM_THREADS);\n  }}\n"
+        f"    const auto kernel = [](const {params}& params) {{ decode<{shape}>(params); }};\n"
+        f"    return launch_on_host(kernel, aligned, {{blocks, 1, 1}}, NUM_THREADS, cluster);\n  }}\n"
         for name, (params, shape) in instantiations(file).items()
     )
     return text + (
-        '\nextern "C" int run(const char* kernel, const void* params, int blocks, int late, int on_fibers, '
-        f"int ahead, uint32_t left) {{\n"
-        "  loads_are_late = late;\n  are_fibers = on_fibers;\n  favoured = ahead;\n  garbage = left;\n"
+        '\nextern "C" int run(const char* kernel, const void* params, int blocks, int cluster, int late, '
+        f"int on_fibers, int ahead, int behind, uint32_t left) {{\n"
+        "  loads_are_late = late;\n  are_fibers = on_fibers;\n  favoured = ahead;\n  delayed = behind;\n"
+        "  garbage = left;\n"
         f"{runs}  return 0;\n}}\n"
     )
 
@@ -84,7 +85,7 @@ def on_host_header(text: str) -> str:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """Of each kernel file."""
-    changed = {"fp8_units.cuh": on_host_header}
+    changed = dict.fromkeys(("fp8_units.cuh", "fp8_wide.cuh"), on_host_header)
     return {file: compiled(file, host_source(file), tmp_path_factory.mktemp(file), changed) for file in SOURCES}
 
 
@@ -97,14 +98,17 @@ class OnHost:
         self.loads_are_late = False
         self.are_fibers = True
         self.favoured = -1
+        self.delayed = -1
         self.garbage = 0xFFFFFFFF
         recorded.run_decode = self.run
 
     def run(self, launch: Launch) -> None:
         name = launch.kernel.encode()
-        library = self.libraries["dense_decode_fp8" if b"_few" in name else "dense_decode_fp8_wide"]
-        how = (self.loads_are_late, self.are_fibers, self.favoured, ctypes.c_uint32(self.garbage))
-        ended = library.run(name, launch.params, launch.grid[0], *how)
+        file = "dense_decode_fp8" + ("" if b"_few" in name else "_pair" if b"_pair" in name else "_wide")
+        how = (self.loads_are_late, self.are_fibers, self.favoured, self.delayed, ctypes.c_uint32(self.garbage))
+        cluster = 2 if file == "dense_decode_fp8_pair" else 1
+        assert launch.grid[0] % cluster == 0
+        ended = self.libraries[file].run(name, launch.params, launch.grid[0], cluster, *how)
         assert ended == 1, "a wait without an end, too many arrivals, a wrong address, or no such kernel"
 
 
@@ -112,7 +116,9 @@ class OnHost:
 def on_host(
     recorded: Recorded,  # noqa: F811
     libraries: dict[str, ctypes.CDLL],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> OnHost:
+    monkeypatch.setattr(host, "PAIRS", True)
     return OnHost(recorded, libraries)
 
 
@@ -133,7 +139,11 @@ CASES = (
     Case("large scores, 32 rows", (400,), num_heads=32, q_factor=6.0, **SHAPE),
     Case("32 rows, pages of 48", (49, 100), num_heads=20, block_size=48, **SHAPE),
     Case("64 rows", (65, 129, 0, 64), num_heads=64, **SHAPE),
-    Case("100 rows: two tiles", (200, 3), num_heads=100, **SHAPE),
+    Case("100 rows: two tiles, a pair", (200, 3, 0, 129), num_heads=100, **SHAPE),
+    Case("130 rows: three tiles, no pair", (70, 3), num_heads=130, **SHAPE),
+    Case("a pair, pages of 16, two latent heads", (70, 3), num_heads=140, h_kv=2, block_size=16, **SHAPE),
+    Case("a pair, causal, whole units that some queries do not see", (129, 67), num_heads=32, seqlen_q=4, **SHAPE),
+    Case("a pair, large scores", (400,), num_heads=70, q_factor=6.0, **SHAPE),
     Case(
         "causal, 64 rows, whole units that some queries do not see", (129, 67, 130), num_heads=16, seqlen_q=4, **SHAPE
     ),
@@ -167,8 +177,16 @@ def test_result(case: Case, on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, plan))
 
 
+def test_two_tiles_without_a_pair(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PAIRS", False)
+    problem = fp8(Case("two tiles", (200, 3, 0, 129), num_heads=100, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+    case = test_sparse.Case("two tiles", 70, 3, 2, 70, kv_lora_rank=512, qk_rope_head_dim=64, fp8=True)
+    assert check_rows_by_index(case, on_host, monkeypatch, 3) == "sparse_bf16_512_64"
+
+
 @pytest.mark.parametrize("num_slots", [1, 3])
-@pytest.mark.parametrize("num_heads", [2, 20, 40], ids=["16 rows", "32 rows", "64 rows"])
+@pytest.mark.parametrize("num_heads", [2, 20, 40, 70], ids=["16 rows", "32 rows", "64 rows", "a pair"])
 def test_items_back_to_back(num_heads: int, num_slots: int, on_host: OnHost) -> None:
     """Ring slots go from request to request, over empty ones; whole requests and parts follow one another."""
     problem = fp8(Case("items", (65, 0, 1, 200, 0, 0, 64, 128, 3, 1800), num_heads=num_heads, **SHAPE))
@@ -183,14 +201,14 @@ def test_a_ring_many_times_around(on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-@pytest.mark.parametrize(("num_heads", "block_size"), [(5, 64), (5, 32), (32, 64), (40, 64), (40, 16)])
+@pytest.mark.parametrize(("num_heads", "block_size"), [(5, 64), (5, 32), (32, 64), (40, 64), (40, 16), (70, 64)])
 def test_loads_may_come_in_any_order(num_heads: int, block_size: int, on_host: OnHost) -> None:
     on_host.loads_are_late = True
     problem = fp8(Case("late", (577, 1, 130), num_heads=num_heads, block_size=block_size, **SHAPE))
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-@pytest.mark.parametrize("num_heads", [16, 32, 64])
+@pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
 def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
     """A thread of the host for each of the kernel's, which run as they come."""
     on_host.are_fibers = False
@@ -198,8 +216,10 @@ def test_threads_in_any_order(num_heads: int, on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-# Of up to 32 query rows two consumers and who loads; beyond, score, two of values and who converts.
-AHEAD = [(num_heads, ahead) for num_heads in (5, 20, 40) for ahead in range(4 if num_heads == 40 else 3)]
+# Warpgroups: of up to 32 query rows two consumers and who loads; beyond, score, two of values and who converts, and of
+# a pair those of either CTA.
+WARPGROUPS = {5: 3, 20: 3, 40: 4, 70: 8}
+AHEAD = [(num_heads, ahead) for num_heads, number in WARPGROUPS.items() for ahead in range(number)]
 
 
 @pytest.mark.parametrize(("num_heads", "ahead"), AHEAD)
@@ -211,8 +231,20 @@ def test_one_warpgroup_may_be_ahead(num_heads: int, ahead: int, on_host: OnHost)
     assert_right(problem, *decode(problem, whole(problem)))
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "warp"),
+    [(heads, 4 * warpgroup) for heads, number in WARPGROUPS.items() for warpgroup in range(number)],
+)
+def test_one_warp_may_be_behind(num_heads: int, warp: int, on_host: OnHost) -> None:
+    """The first of its warpgroup, as far as barriers let it be: what it still reads is not overwritten, and what it has
+    yet to make ready is not used."""
+    on_host.delayed = warp
+    problem = fp8(Case("behind", (0, 200, 3, 0, 130), num_heads=num_heads, **SHAPE))
+    assert_right(problem, *decode(problem, whole(problem)))
+
+
 @pytest.mark.parametrize("garbage", [0xFF800000, 0x7F7F7F7F], ids=["-inf", "3e38"])
-@pytest.mark.parametrize("num_heads", [5, 20, 40])
+@pytest.mark.parametrize("num_heads", WARPGROUPS)
 def test_what_shared_memory_held_before(num_heads: int, garbage: int, on_host: OnHost) -> None:
     """The first request has no tokens: nothing is computed before its zeros are stored."""
     on_host.garbage = garbage
@@ -220,7 +252,7 @@ def test_what_shared_memory_held_before(num_heads: int, garbage: int, on_host: O
     assert_right(problem, *decode(problem, whole(problem)))
 
 
-@pytest.mark.parametrize("num_heads", [4, 40])
+@pytest.mark.parametrize("num_heads", [4, 40, 70])
 def test_every_code_and_scales_far_apart(num_heads: int, on_host: OnHost) -> None:
     """All numbers of e4m3, subnormal ones among them, under scales of 2^-40 to 2^20, small and large in one warp."""
     problem = fp8(Case("codes", (128,), num_heads=num_heads, softmax_scale=2.0**-24, **SHAPE))
@@ -249,7 +281,7 @@ def test_strides_of_one_element_do_not_count(on_host: OnHost) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 2**30])
-@pytest.mark.parametrize("num_heads", [4, 40])
+@pytest.mark.parametrize("num_heads", [4, 40, 70])
 def test_a_page_outside_the_pool_is_zeros(num_heads: int, number: int, on_host: OnHost) -> None:
     """And no address that is not the pool's: the other request's result is what it is."""
     problem = fp8(Case("a bad page", (70, 130), num_heads=num_heads, **SHAPE))
@@ -331,7 +363,7 @@ def test_scales_are_not_rounded_before_they_multiply(on_host: OnHost) -> None:
     assert out[0, 0, 0, 0] != 1.875
 
 
-@pytest.mark.parametrize("num_heads", [4, 40])
+@pytest.mark.parametrize("num_heads", [4, 40, 70])
 def test_what_is_not_finite_comes_out(num_heads: int, on_host: OnHost) -> None:
     """A scale that is NaN, which a writer gives to columns that are not finite, makes its request NaN and no other."""
     problem = fp8(Case("NaN", (70, 70), num_heads=num_heads, **SHAPE))
@@ -360,13 +392,14 @@ def test_shared_memory_is_that_of_the_device_code(file: str, tmp_path: Path) -> 
     for header in _build.KERNELS.glob("*.cuh"):
         shutil.copy(header, tmp_path)
     text = SOURCES[file].read_text().partition("#define DECODE_KERNEL")[0]
-    all_rows = {16, 32} if file == "dense_decode_fp8" else {64}
-    names = {f"few{rows}_" if rows < 64 else "": rows for rows in all_rows}
+    tiles = {"_fp8": {"few16_": 16, "few32_": 32}, "_fp8_wide": {"": 64}, "_fp8_pair": {"pair_": 64}}
+    names = tiles[file.removeprefix("dense_decode")]
     kernels = instantiations(file)
     assert set(kernels) == {f"{sort}{few}bf16_512_64" for sort in ("", "sparse_") for few in names}
     for name, (_, shape) in kernels.items():
         rows = names[name.removeprefix("sparse_").removesuffix("bf16_512_64")]
-        text += f"static_assert(sizeof({shape}::Memory) == {host.FP8_ROWS[rows][name.startswith('sparse_')]});\n"
+        size = host.FP8_PAIR_BYTES if "pair_" in name else host.FP8_ROWS[rows][name.startswith("sparse_")]
+        text += f"static_assert(sizeof({shape}::Memory) == {size});\n"
         text += f"static_assert({shape}::TILE_ROWS == {rows});\n"
     (tmp_path / "probe.cu").write_text(text + 'extern "C" __global__ void probe() {}')
     _build.build(["probe"], kernels=tmp_path, out=tmp_path / "out", lax=True)
@@ -476,7 +509,12 @@ def test_rows_named_by_index(
     check_rows_by_index(case, on_host, monkeypatch, 3)
 
 
-TILES_BY_INDEX = {5: "sparse_few16_bf16_512_64", 20: "sparse_few32_bf16_512_64", 40: "sparse_bf16_512_64"}
+TILES_BY_INDEX = {
+    5: "sparse_few16_bf16_512_64",
+    20: "sparse_few32_bf16_512_64",
+    40: "sparse_bf16_512_64",
+    70: "sparse_pair_bf16_512_64",
+}
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late loads"])
@@ -611,7 +649,7 @@ def test_a_plan_that_cuts_is_not_taken_for_one_that_does_not(on_host: OnHost, mo
         test_sparse.assert_right(wanted, out, lse.view(3, 4, 1))
 
 
-@pytest.mark.parametrize("num_heads", [4, 20, 40])
+@pytest.mark.parametrize("num_heads", [4, 20, 40, 70])
 def test_the_first_row_that_is_named_sets_the_reference(
     num_heads: int, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 ROW_TILE = 64  # query rows per CTA
 THREADS = 384
-WIDE_THREADS = 512  # over FP8 rows, of kernels/dense_decode_fp8_wide.cu
+WIDE_THREADS = 512  # over FP8 rows, of kernels/dense_decode_fp8_wide.cu and dense_decode_fp8_pair.cu
 # Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them: what SHARED_BYTES follows from.
 STAGES = {512: 3, 256: 5, 128: 8}
 TILE_COLUMNS = 64
@@ -41,6 +41,8 @@ FEW_BOX_TILES = 3  # a box is a third of a unit
 # Query rows of a CTA over FP8 rows -> sizeof(Shared), of pages and of rows by index: kernels/dense_decode_fp8.cu, and
 # dense_decode_fp8_wide.cu for 64.
 FP8_ROWS = {16: (203776, 220160), 32: (225280, 199680), 64: (226304, 226304)}
+FP8_PAIR_BYTES = 224256  # sizeof(Shared) of kernels/dense_decode_fp8_pair.cu: 64 rows in each of two CTAs
+PAIRS = False  # of FP8 tiles of 64 rows: off until a GPU has measured them
 FEWEST_WIDE_UNITS = 24  # per SM, of 64 indices: fewer are shared by tiles of 32 query rows
 MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
@@ -164,6 +166,11 @@ def _fp8_rows(call: DecodeCall) -> int:
     return rows
 
 
+def _in_pairs(call: DecodeCall) -> bool:
+    """Whether two CTAs, with tiles of the same FP8 rows, make fp16 of half of them each."""
+    return PAIRS and call.fp8 and _fp8_rows(call) == ROW_TILE and _tiles(call)[0] % 2 == 0
+
+
 def num_slots(call: DecodeCall) -> int:
     """Slots that fill the device once: its SMs over the CTAs that a slot has."""
     sms: int = _num_sms(call.device_index)
@@ -228,7 +235,7 @@ def _form(call: DecodeCall) -> _Form:
     """The kernel of a call: operands swapped for few query rows, where they would leave most of a 64-row tile empty."""
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if call.fp8:
-        return _fp8_form_of(_fp8_rows(call), call.sparse, *shape)
+        return _fp8_form_of(_fp8_rows(call), call.sparse, _in_pairs(call), *shape)
     rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
     return _form_of(rows, call.dtype, *shape)
 
@@ -246,15 +253,18 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
 
 
 @functools.cache
-def _fp8_form_of(rows: int, sparse: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+def _fp8_form_of(rows: int, sparse: bool, in_pairs: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
     is_wide = rows == ROW_TILE
-    file, few = ("dense_decode_fp8_wide", "") if is_wide else ("dense_decode_fp8", f"few{rows}_")
-    name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' if sparse else ''}{few}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
+    file, form = "dense_decode_fp8", f"few{rows}_"
+    if is_wide:
+        file, form = ("dense_decode_fp8_pair", "pair_") if in_pairs else ("dense_decode_fp8_wide", "")
+    name = f"flash_fwd_splitkv_mla_fp8_kernel_{'sparse_' * sparse}{form}bf16_{kv_lora_rank}_{qk_rope_head_dim}"
     scales, merge = (TILE_SCALES, "bf16") if is_wide else (FEW_SCALES, "pair_bf16")
     # Boxes move no rows that are named by index, nor those that become fp16 on their way.
     tiles = 0 if sparse or is_wide else FP8_BOX_TILES
     threads = WIDE_THREADS if is_wide else THREADS
-    return _Form(file, name, FP8_ROWS[rows][sparse], rows, tiles, scales, f"{merge}_{kv_lora_rank}", threads)
+    shared = FP8_PAIR_BYTES if in_pairs else FP8_ROWS[rows][sparse]
+    return _Form(file, name, shared, rows, tiles, scales, f"{merge}_{kv_lora_rank}", threads)
 
 
 def _fp8_maps(call: DecodeCall, kv_cache: torch.Tensor, box_rows: int) -> tuple[bytes, bytes, bytes]:
