@@ -1,30 +1,33 @@
 // Decode attention over FP8 rows on Hopper for latent heads with an even number of tiles of 64 query rows: two CTAs of
-// a cluster have two tiles of the same tokens, and each makes fp16 (fp8_wide.cuh) of half of a unit's rows, for both.
+// a cluster have two tiles of the same tokens, and each makes fp16 (fp8_fp16.cuh) of half of a unit's rows, for both.
 // So a CTA loads and converts half as much as one of dense_decode_fp8_wide.cu, and what it loads fits in registers:
 // loads of a unit are under way while the one before is multiplied.
 //
 // Four warpgroups in each CTA, two units of 64 tokens in shared memory (72 KiB each, as in bf16):
 //   convert  looks rows up, in pages or by index, loads them into registers a unit ahead, and stores fp16 in both CTAs
-//   score    and two of value, as in fp8_wide.cuh
-// Barriers beside those of fp8_wide.cuh, one phase per unit:
+//   score    and two of value, as in four_roles.cuh
+// Barriers beside those of four_roles.cuh, one phase per unit:
 //   left[slot]  value, of both CTAs -> convert    the slot's unit has been read here and there
 //   full[slot]  convert, of both CTAs -> score    by arrivals of this CTA's warps, and by bytes that the other one's
 //   store
 // docs/dense_decode.md has the argument why no wait can deadlock.
-#include "fp8_wide.cuh"
+#include "four_roles.cuh"
 
 struct Shared;
 
 template <bool IS_SPARSE_>
-struct Shape : WideShape {
+struct Shape : FourRoles {
   static constexpr bool IS_SPARSE = IS_SPARSE_;  // rows are named by index
+  static constexpr bool IS_FP8 = true;
   static constexpr bool IS_PAIR = true;
+  static constexpr bool IS_BF16 = true;
+  static constexpr bool IS_BF16_PRODUCT = false;
   using Memory = Shared;
   static constexpr int CTA_ROWS = SET_ROWS;
   static constexpr int NOTED = 2;  // n + 2 is noted over n, which has been stored
   static constexpr int SCORE_REGISTERS = 96;
   static constexpr int VALUE_REGISTERS = 160;
-  static constexpr int CONVERT_REGISTERS = 96;
+  static constexpr int BRING_REGISTERS = 96;
 
   // A warp of the CTA of rank r has set r of the two that lie where a warp's 16 rows do.
   static __device__ __forceinline__ int first_row(int warp) {

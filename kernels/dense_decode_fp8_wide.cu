@@ -1,27 +1,31 @@
 // Decode attention over FP8 rows on Hopper for more than 32 query rows per latent head: tiles of 64 query rows, each by
-// a CTA of its own. Rows land in shared memory as they are, and fp16 is written over them (fp8_wide.cuh).
+// a CTA of its own. Rows land in shared memory as they are, and fp16 is written over them (fp8_fp16.cuh).
 //
 // Four warpgroups, two units of 64 tokens in shared memory (72 KiB each, as in bf16):
 //   convert  looks rows up, in pages or by index, and makes fp16 of them where they lie
-//   score    and two of value, as in fp8_wide.cuh; a value warpgroup that has left its half of a slot asks for rows of
+//   score    and two of value, as in four_roles.cuh; a value warpgroup that has left its half of a slot asks for rows
+//   of
 //            the next unit there
-// Barriers beside those of fp8_wide.cuh, one phase per unit:
+// Barriers beside those of four_roles.cuh, one phase per unit:
 //   raw[slot][w]  value -> warp w of convert    its 16 rows have arrived as they are (of units 0 and 1: convert itself)
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock.
-#include "fp8_wide.cuh"
+#include "four_roles.cuh"
 
 struct Shared;
 
 template <bool IS_SPARSE_>
-struct Shape : WideShape {
+struct Shape : FourRoles {
   static constexpr bool IS_SPARSE = IS_SPARSE_;  // rows are named by index
+  static constexpr bool IS_FP8 = true;
   static constexpr bool IS_PAIR = false;
+  static constexpr bool IS_BF16 = true;
+  static constexpr bool IS_BF16_PRODUCT = false;
   using Memory = Shared;
   static constexpr int CTA_ROWS = WARP_ROWS;
   static constexpr int NOTED = 8;  // convert notes n + 5 while score may read n + 1; and a power of two
   static constexpr int SCORE_REGISTERS = 104;
   static constexpr int VALUE_REGISTERS = 160;
-  static constexpr int CONVERT_REGISTERS = 88;
+  static constexpr int BRING_REGISTERS = 88;
 
   static __device__ __forceinline__ int first_row(int warp) { return warp * CTA_ROWS; }
 };
@@ -167,14 +171,7 @@ __device__ __forceinline__ void decode(const GatherParams& gather) {
     shared.cta = this_cta(params);
   }
   begin_launch(params, shared.cta, 1);
-  const auto named_of = [&](int, uint32_t number) {
-    uint64_t named = 0;
-#pragma unroll
-    for (int warp = 0; warp < PRODUCER_WARPS; ++warp) {
-      named |= (uint64_t)shared.asked[number % Tile::NOTED][warp].named << warp * WARP_ROWS;
-    }
-    return named;
-  };
+  const auto named_of = [&](int, uint32_t number) { return named_rows(shared.asked[number % Tile::NOTED]); };
   const auto leave = [&](int slot, uint32_t number, uint32_t warp, int half) {
     // All four warps have left this half of the unit's columns: rows of the next unit of this slot may come.
     bar_sync(BARRIER_VALUE + half, WARPGROUP);

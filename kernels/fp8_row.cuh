@@ -1,4 +1,4 @@
-// What an FP8 row is, how a warpgroup shares the rows of a unit, and how large numbers of a query are.
+// What an FP8 row is, and how large numbers of a query are.
 #pragma once
 
 #include "item.cuh"
@@ -10,10 +10,6 @@ static_assert(GROUPS == 4);                        // scales of a row: 16 bytes
 constexpr int K_ROPE_AT = ROW_CODES + 4 * GROUPS;  // bytes
 constexpr int ROW_BYTES = K_ROPE_AT + 2 * TILE_COLUMNS;
 static_assert(ROW_BYTES == 656);
-
-constexpr int PRODUCER_WARPS = WARPGROUP / 32;
-constexpr int WARP_ROWS = BLOCK_N / PRODUCER_WARPS;  // that a warp copies
-static_assert(WARP_ROWS == 16);
 
 // The largest magnitude of some bf16, as the 15 bits that order them: of NaN the largest.
 __device__ __forceinline__ int magnitude(uint32_t both) {

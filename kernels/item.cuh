@@ -10,6 +10,9 @@ constexpr int TILE_BYTES = BLOCK_N * TILE_COLUMNS * 2;  // 64 rows x 128 bytes, 
 static_assert(TILE_BYTES == 8192);
 
 constexpr int WARPGROUP = 128;
+constexpr int PRODUCER_WARPS = WARPGROUP / 32;       // of a warpgroup that fetches rows one by one
+constexpr int WARP_ROWS = BLOCK_N / PRODUCER_WARPS;  // of a unit, that each of them fetches
+static_assert(WARP_ROWS == 16);
 constexpr int SHARED_LIMIT = 232448;  // bytes that a CTA may have on Hopper
 // A reference maximum is kept until a score exceeds it by 2^8: then P is at most 256 times what it was at first (1, or
 // wide_rows.cuh's HEADROOM), and O and the sums lose nothing.

@@ -60,7 +60,7 @@ struct Fp8DecodeParams {
   int64_t q_stride_head;     // elements
 };
 
-// Of FP8 rows that are fetched one by one: named by index, or, for 64 query rows, of pages. (q is for up to 32.)
+// Of rows that are fetched one by one: named by index, or, FP8 rows for 64 query rows, of pages. (q is for up to 32.)
 struct GatherParams {
   DecodeParams decode;       // by index: a request is a query, block_table its indices [batch, topk], into the pool's
                              // rows; kv_map is not used, q_map for 64 query rows alone

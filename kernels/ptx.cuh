@@ -190,6 +190,14 @@ __device__ __forceinline__ void st_shared_v4(uint32_t address, const uint4& valu
 // Ordinary stores to shared memory before it become visible to what wgmma and TMA read or write after it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// 16 bytes to shared memory, of which the first `bytes` are there and the others zeros.
+__device__ __forceinline__ void cp_async_16(uint32_t target, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
+}
+
+// Until this thread's copies are there.
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // --- loads of what no kernel in flight writes -----------------------------------------------------------------------
 
 // Volatile: a second load of the same value is a load, not a register kept since the first.

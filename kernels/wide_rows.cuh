@@ -13,6 +13,11 @@ constexpr int BLOCK_M = 64;  // query rows
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int { BARRIER_SCORE = 1, BARRIER_VALUE = 2 };  // and BARRIER_VALUE + 1
 
+// Tile row `row`, 16-byte chunk `chunk` of its 128 bytes, 128-byte swizzle.
+__device__ __forceinline__ uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
 // Position in the ring and the parity of the barriers' phase that belongs to the entry, in one register.
 template <class S>
 struct Position {

@@ -433,12 +433,34 @@ inline void bulk_load(uint32_t target, const void* from, uint32_t bytes, uint64_
   });
 }
 
-// What goes to another CTA.
+// One per lane.
 template <class Send>
 void send(const Send& to_there) {
-  if (!are_fibers) return to_there();  // a standstill of threads takes 20 ms to be seen, and stores are one per lane
+  if (!are_fibers) return to_there();  // a standstill of threads takes 20 ms to be seen
   issue(to_there);
 }
+// Copies that a thread still waits for.
+inline std::atomic<int> copies[MOST_CTAS * MOST_THREADS];
+inline void cp_async_16(uint32_t target, const void* from, uint32_t bytes) {
+  if (target % 16 || reinterpret_cast<uint64_t>(from) % 16) is_stuck = true;
+  uint8_t* const to = at(target);
+  std::atomic<int>& mine = copies[cluster_thread()];
+  ++mine;
+  send([=, &mine] {
+    memset(to, 0, 16);
+    if (!is_stuck) memcpy(to, from, bytes);
+    std::lock_guard<std::mutex> held(lock);
+    ++progress;
+    --mine;
+    changed.notify_all();
+  });
+}
+inline void cp_async_wait_all() {
+  std::unique_lock<std::mutex> held(lock);
+  wait_until(held, changed, [] { return copies[cluster_thread()] == 0; });
+}
+
+// To another CTA.
 inline void mbarrier_arrive_cluster(uint32_t barrier) {
   send([=] { update(*reinterpret_cast<uint64_t*>(at_cta(barrier)), 1, 0); });
 }

@@ -763,8 +763,8 @@ def test_constants_are_those_of_the_device_code() -> None:
         assert eval(these["NUM_THREADS"], {"WARPGROUP": int(these["WARPGROUP"])}) == host.THREADS
     assert int(few_constants["SLOT_TILES"]) == host.FEW_BOX_TILES
     assert [int(few_constants["KV_LORA_RANK"])] == [rank for rank, _ in host.FEW_SHAPES]
-    wide_constants = constants("item.cuh", "wide_rows.cuh", "fp8_row.cuh", "fp8_wide.cuh")
-    assert eval(wide_constants["NUM_THREADS"], {"WARPGROUP": int(wide_constants["WARPGROUP"])}) == host.WIDE_THREADS
+    roles = constants("item.cuh", "four_roles.cuh")
+    assert eval(roles["NUM_THREADS"], {"WARPGROUP": int(roles["WARPGROUP"])}) == host.FOUR_ROLES_THREADS
     for name in ("ROW_THREADS", "WARP_THREADS"):
         assert int(combine_constants[name]) == getattr(host, name)
     layouts = (_build.KERNELS / "partial.cuh").read_text()

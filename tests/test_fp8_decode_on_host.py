@@ -51,21 +51,21 @@ KERNEL = "flash_fwd_splitkv_mla_fp8_kernel_"
 SHAPE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "fp8": True}
 
 
-def instantiations(file: str) -> dict[str, tuple[str, str]]:
+def instantiations(source: Path) -> dict[str, tuple[str, str]]:
     """Name -> struct of its parameters and its shape, of the kernels of a file."""
-    found = re.findall(r"^DECODE_KERNEL\((\w+), (\w+), ([^)]*)\)$", SOURCES[file].read_text(), re.MULTILINE)
+    found = re.findall(r"^DECODE_KERNEL\((\w+), (\w+), ([^)]*)\)$", source.read_text(), re.MULTILINE)
     return {name: (params, f"Shape<{arguments}>") for name, params, arguments in found}
 
 
-def host_source(file: str) -> str:
+def host_source(source: Path, prefix: str = KERNEL) -> str:
     """The kernels of a file and `run`, which runs one of them by its name."""
-    text = SOURCES[file].read_text().partition("#define DECODE_KERNEL")[0]
+    text = source.read_text().partition("#define DECODE_KERNEL")[0]
     runs = "".join(
-        f'  if (!strcmp(kernel, "{KERNEL}{name}")) {{\n    {params} aligned;\n'
+        f'  if (!strcmp(kernel, "{prefix}{name}")) {{\n    {params} aligned;\n'
         f"    memcpy(&aligned, params, sizeof aligned);\n"
         f"    const auto kernel = [](const {params}& params) {{ decode<{shape}>(params); }};\n"
         f"    return launch_on_host(kernel, aligned, {{blocks, 1, 1}}, NUM_THREADS, cluster);\n  }}\n"
-        for name, (params, shape) in instantiations(file).items()
+        for name, (params, shape) in instantiations(source).items()
     )
     return text + (
         '\nextern "C" int run(const char* kernel, const void* params, int blocks, int cluster, int late, '
@@ -82,11 +82,16 @@ def on_host_header(text: str) -> str:
     return replaced(text, 'asm volatile("mov.u32 %0, dynamic_shared;" : "=r"(base));', "base = SHARED_BASE;")
 
 
+CHANGED = dict.fromkeys(("fp8_units.cuh", "four_roles.cuh"), on_host_header)
+
+
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """Of each kernel file."""
-    changed = dict.fromkeys(("fp8_units.cuh", "fp8_wide.cuh"), on_host_header)
-    return {file: compiled(file, host_source(file), tmp_path_factory.mktemp(file), changed) for file in SOURCES}
+    return {
+        file: compiled(file, host_source(source), tmp_path_factory.mktemp(file), CHANGED)
+        for file, source in SOURCES.items()
+    }
 
 
 class OnHost:
@@ -105,6 +110,8 @@ class OnHost:
     def run(self, launch: Launch) -> None:
         name = launch.kernel.encode()
         file = "dense_decode_fp8" + ("" if b"_few" in name else "_pair" if b"_pair" in name else "_wide")
+        if b"_fp8_" not in name:
+            file = "sparse_decode"
         how = (self.loads_are_late, self.are_fibers, self.favoured, self.delayed, ctypes.c_uint32(self.garbage))
         cluster = 2 if file == "dense_decode_fp8_pair" else 1
         assert launch.grid[0] % cluster == 0
@@ -394,7 +401,7 @@ def test_shared_memory_is_that_of_the_device_code(file: str, tmp_path: Path) -> 
     text = SOURCES[file].read_text().partition("#define DECODE_KERNEL")[0]
     tiles = {"_fp8": {"few16_": 16, "few32_": 32}, "_fp8_wide": {"": 64}, "_fp8_pair": {"pair_": 64}}
     names = tiles[file.removeprefix("dense_decode")]
-    kernels = instantiations(file)
+    kernels = instantiations(SOURCES[file])
     assert set(kernels) == {f"{sort}{few}bf16_512_64" for sort in ("", "sparse_") for few in names}
     for name, (_, shape) in kernels.items():
         rows = names[name.removeprefix("sparse_").removesuffix("bf16_512_64")]
@@ -469,10 +476,16 @@ SPARSE_CASES = tuple(
 )
 
 
-def check_rows_by_index(case: test_sparse.Case, on_host: OnHost, monkeypatch: pytest.MonkeyPatch, slots: int) -> str:
+def check_rows_by_index(
+    case: test_sparse.Case,
+    on_host: OnHost,
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
     """What the op hands to the backend, by the kernel's own source, in `slots` slots; returns the kernel's name. Tiles
     of 64 query rows from 33 rows on, however few indices there are."""
-    problem = test_sparse.make(case, torch.bfloat16)
+    problem = test_sparse.make(case, dtype)
     sparse = importlib.import_module("flash_mla.backends.cuda.sparse")
     monkeypatch.setattr(sparse, "plan", lambda lengths, _: definition.plan(lengths, slots))
     monkeypatch.setattr(host, "FEWEST_WIDE_UNITS", 0)

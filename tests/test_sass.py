@@ -20,6 +20,7 @@ BUILT_AROUND: dict[str, set[str]] = {
     "dense_decode_fp8_pair": {"HGMMA", "STAS", "UTMALDG"},
     "dense_decode_fp8_wide": {"HGMMA", "UBLKCP", "UTMALDG"},
     "plan": {"LDG", "STG"},
+    "sparse_decode": {"HGMMA", "LDGSTS", "UTMALDG"},
     "slots": {"LDG", "STG"},
 }
 
@@ -149,6 +150,28 @@ def test_decode_of_fp8_rows_as_fp16_issues_the_matrix_instructions_of_its_arithm
         assert_roles(kernel, instructions, takers=2, givers=2)
         found += 1
     assert found == 4
+
+
+def test_sparse_decode_issues_the_matrix_instructions_of_its_arithmetic_and_no_more() -> None:
+    """Per unit 36 steps of S; of O four for each quarter of the columns, two quarters in each value warpgroup. A lane
+    copies 16 bytes of each tile of four rows."""
+    found = 0
+    for file, kernel, instructions in shipped():
+        if file != "sparse_decode":
+            continue
+        suffix = ".BF16" if "_bf16_" in kernel else ""
+        count = Counter(instructions)
+        assert {name: n for name, n in count.items() if name.startswith("HGMMA")} == {
+            f"HGMMA.64x64x16.F32{suffix}": 36,
+            f"HGMMA.64x128x16.F32{suffix}": 2 * 2 * 4,
+        }, kernel
+        assert count["STSM.16.M88.4"] == 4, kernel
+        assert sum(n for name, n in count.items() if name.startswith("LDGSTS")) == 4 * 9, kernel
+        # The barriers' beginnings, units, P.
+        assert sum(n for name, n in count.items() if name.startswith("FENCE.VIEW.ASYNC")) == 3, kernel
+        assert_roles(kernel, instructions, takers=2, givers=2)
+        found += 1
+    assert found == 2
 
 
 def assert_roles(kernel: str, instructions: list[str], takers: int, givers: int) -> None:

@@ -27,7 +27,7 @@ CAPABILITY = (9, 0)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 ROW_TILE = 64  # query rows per CTA
 THREADS = 384
-WIDE_THREADS = 512  # over FP8 rows, of kernels/dense_decode_fp8_wide.cu and dense_decode_fp8_pair.cu
+FOUR_ROLES_THREADS = 512  # of kernels/four_roles.cuh
 # Ring slots by kv_lora_rank, as kernels/dense_decode.cu instantiates them: what SHARED_BYTES follows from.
 STAGES = {512: 3, 256: 5, 128: 8}
 TILE_COLUMNS = 64
@@ -43,6 +43,8 @@ FEW_BOX_TILES = 3  # a box is a third of a unit
 FP8_ROWS = {16: (203776, 220160), 32: (225280, 199680), 64: (226304, 226304)}
 FP8_PAIR_BYTES = 224256  # sizeof(Shared) of kernels/dense_decode_fp8_pair.cu: 64 rows in each of two CTAs
 PAIRS = False  # of FP8 tiles of 64 rows: off until a GPU has measured them
+SPARSE_BYTES = 223232  # sizeof(Shared) of kernels/sparse_decode.cu
+SPARSE_ROWS = False  # of bf16 and fp16, by index: off until a GPU has measured them
 FEWEST_WIDE_UNITS = 24  # per SM, of 64 indices: fewer are shared by tiles of 32 query rows
 MOST_POOL_BYTES = 2**36  # of FP8 rows, whose kernel counts steps of 16 bytes in 32 bits
 FP8_BOX_TILES = 4  # of 128 bytes per token: 128 codes
@@ -93,8 +95,8 @@ def decode_refusals(call: DecodeCall) -> list[str]:
     reasons = []
     if call.fp8:
         reasons += _fp8_refusals(call)
-    if call.sparse and not call.fp8:
-        reasons.append("has no kernel for sparse attention over rows that are not FP8")
+    if call.sparse:
+        reasons += _sparse_refusals(call)
     if call.wants_max:
         reasons.append("does not return the largest score")
     if call.capability != CAPABILITY:
@@ -131,16 +133,29 @@ def _fp8_refusals(call: DecodeCall) -> list[str]:
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if shape not in FEW_SHAPES:
         reasons.append(f"takes FP8 rows of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)}, got {shape}")
-    block, row = call.kv_cache_strides[:2]
     extents = (call.num_blocks, call.block_size, call.h_kv)
     last = sum((extent - 1) * stride for extent, stride in zip(extents, call.kv_cache_strides, strict=False))
     if last >= MOST_POOL_BYTES:
         reasons.append(
             f"takes FP8 rows within 64 GiB, got {extents} rows with strides {call.kv_cache_strides[:3]} bytes"
         )
-    if call.sparse and call.num_blocks > 1 and block != call.block_size * row:
+    return reasons
+
+
+def _sparse_refusals(call: DecodeCall) -> list[str]:
+    if not call.fp8 and not SPARSE_ROWS:
+        return ["has no kernel for sparse attention over rows that are not FP8"]
+    reasons = []
+    shape = (call.kv_lora_rank, call.qk_rope_head_dim)
+    if not call.fp8 and shape not in FEW_SHAPES:
+        reasons.append(f"takes rows by index of (kv_lora_rank, qk_rope_head_dim) in {list(FEW_SHAPES)}, got {shape}")
+    block, row = call.kv_cache_strides[:2]
+    unit = "bytes" if call.fp8 else "elements"
+    if not call.fp8 and call.num_blocks * call.block_size * row * 2 > MOST_POOL_BYTES:
+        reasons.append(f"takes rows by index within 64 GiB, got {call.num_blocks * call.block_size} of {2 * row} bytes")
+    if call.num_blocks > 1 and block != call.block_size * row:
         reasons.append(
-            f"takes indices into a pool whose rows are all equally far apart, got {row} bytes in blocks of "
+            f"takes indices into a pool whose rows are all equally far apart, got {row} {unit} in blocks of "
             f"{call.block_size} that are {block} apart"
         )
     return reasons
@@ -236,6 +251,8 @@ def _form(call: DecodeCall) -> _Form:
     shape = (call.kv_lora_rank, call.qk_rope_head_dim)
     if call.fp8:
         return _fp8_form_of(_fp8_rows(call), call.sparse, _in_pairs(call), *shape)
+    if call.sparse:
+        return _sparse_form_of(call.dtype, *shape)
     rows = next((rows for rows in FEW_ROWS if call.rows <= rows and shape in FEW_SHAPES), ROW_TILE)
     return _form_of(rows, call.dtype, *shape)
 
@@ -253,6 +270,13 @@ def _form_of(rows: int, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) ->
 
 
 @functools.cache
+def _sparse_form_of(dtype: str, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
+    name = f"flash_fwd_splitkv_mla_sparse_kernel_{DTYPES[dtype]}_{kv_lora_rank}_{qk_rope_head_dim}"
+    merge = f"{DTYPES[dtype]}_{kv_lora_rank}"
+    return _Form("sparse_decode", name, SPARSE_BYTES, ROW_TILE, 0, TILE_SCALES, merge, FOUR_ROLES_THREADS)
+
+
+@functools.cache
 def _fp8_form_of(rows: int, sparse: bool, in_pairs: bool, kv_lora_rank: int, qk_rope_head_dim: int) -> _Form:
     is_wide = rows == ROW_TILE
     file, form = "dense_decode_fp8", f"few{rows}_"
@@ -262,7 +286,7 @@ def _fp8_form_of(rows: int, sparse: bool, in_pairs: bool, kv_lora_rank: int, qk_
     scales, merge = (TILE_SCALES, "bf16") if is_wide else (FEW_SCALES, "pair_bf16")
     # Boxes move no rows that are named by index, nor those that become fp16 on their way.
     tiles = 0 if sparse or is_wide else FP8_BOX_TILES
-    threads = WIDE_THREADS if is_wide else THREADS
+    threads = FOUR_ROLES_THREADS if is_wide else THREADS
     shared = FP8_PAIR_BYTES if in_pairs else FP8_ROWS[rows][sparse]
     return _Form(file, name, shared, rows, tiles, scales, f"{merge}_{kv_lora_rank}", threads)
 
@@ -441,24 +465,25 @@ def _prepare(
     row_tiles, tiles = _tiles(call)
     box_rows = math.gcd(call.block_size, PLAN_BLOCK)
     form = _form(call)
-    fp8: tuple[Any, ...] = ()  # what its struct has besides
+    besides: tuple[Any, ...] = ()  # what the structs of FP8 rows and of rows fetched one by one have
     queries = (rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2))
     if form.kv_tiles == 0:
         q_map = kv_map = b""
         if form.q_rows == ROW_TILE:
             q_map = _tensor_map(call, rows, ROW_TILE, -(-rows.shape[3] // TILE_COLUMNS))
         # The stride of a dimension of one element is never walked: it may be anything.
-        strides = [kv_cache.stride(dim) // 16 if kv_cache.shape[dim] > 1 else 0 for dim in range(3)]
+        in_steps = [kv_cache.stride(dim) * kv_cache.element_size() // 16 for dim in range(3)]
+        strides = [steps if extent > 1 else 0 for steps, extent in zip(in_steps, kv_cache.shape, strict=False)]
         page_stride, row_stride, head_stride = strides
         num_places = call.num_blocks
         if call.sparse:
             num_places *= call.block_size
             if call.block_size == 1:  # pages of one row: they are as far apart as rows are
                 row_stride = page_stride
-        fp8 = (*queries, kv_cache.data_ptr(), row_stride, num_places, page_stride, head_stride)
+        besides = (*queries, kv_cache.data_ptr(), row_stride, num_places, page_stride, head_stride)
     elif call.fp8:
         q_map, kv_map, scale_map = _fp8_maps(call, kv_cache, box_rows)
-        fp8 = (scale_map, *queries)
+        besides = (scale_map, *queries)
     else:
         q_map = _tensor_map(call, rows, form.q_rows, -(-rows.shape[3] // TILE_COLUMNS))
         # Boxes of fewer rows than a unit's are one tile each, or tiles in shared memory would not be 64 rows apart.
@@ -487,8 +512,8 @@ def _prepare(
             box_rows,
             call.causal and call.seqlen_q > 1,
         )
-        if fp8:
-            decode = (FP8_DECODE if form.kv_tiles else GATHER).pack(decode, *fp8)
+        if besides:
+            decode = (FP8_DECODE if form.kv_tiles else GATHER).pack(decode, *besides)
         launch = (decode, (piece_slots * tiles, 1, 1), first_slot * 16)
         merge = _merge(call, form, num_requests, piece_slots, (first_request, first_slot)) if may_cut else ()
         made.append(_Piece(*launch, *merge))

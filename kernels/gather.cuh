@@ -1,10 +1,11 @@
-// Which FP8 rows a unit has, of pages or named by index: looked up one warp's rows at a time, ahead of their loads.
+// Which rows a unit has, of pages or named by index, where they are fetched one by one: looked up a warp's rows at a
+// time, ahead of their loads.
 //
 // A shape S says how rows are found (IS_SPARSE), how many of a unit's a warp of this CTA loads (CTA_ROWS) from which
 // one on (first_row), how many units can be noted (NOTED, a power of two), and where: Memory has `asked` and `walk`.
 #pragma once
 
-#include "fp8_row.cuh"
+#include "item.cuh"
 
 // All units of all items, one after another; per warp, in shared memory because registers are short.
 struct Walk {
@@ -19,6 +20,14 @@ struct Asked {
   uint32_t named;         // a bit per row
   uint32_t is_unit;       // 0: behind the last one
 };
+
+// Of a unit's 64 rows, a bit each.
+__device__ __forceinline__ uint64_t named_rows(const Asked<WARP_ROWS> (&asked)[PRODUCER_WARPS]) {
+  uint64_t named = 0;
+#pragma unroll
+  for (int warp = 0; warp < PRODUCER_WARPS; ++warp) named |= (uint64_t)asked[warp].named << warp * WARP_ROWS;
+  return named;
+}
 
 // What the lane's row of a unit, row lane % CTA_ROWS of its warp's, is found by: `number` of a page, or of a row of the
 // pool that an index names; < 0: there is no such row.
