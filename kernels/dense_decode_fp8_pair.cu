@@ -8,8 +8,7 @@
 //   score    and two of value, as in four_roles.cuh
 // Barriers beside those of four_roles.cuh, one phase per unit:
 //   left[slot]  value, of both CTAs -> convert    the slot's unit has been read here and there
-//   full[slot]  convert, of both CTAs -> score    by arrivals of this CTA's warps, and by bytes that the other one's
-//   store
+//   full[slot]  convert, of both CTAs -> score    by arrivals of this CTA's warps, and by bytes out of the other one
 // docs/dense_decode.md has the argument why no wait can deadlock.
 #include "four_roles.cuh"
 

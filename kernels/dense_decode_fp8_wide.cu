@@ -3,9 +3,8 @@
 //
 // Four warpgroups, two units of 64 tokens in shared memory (72 KiB each, as in bf16):
 //   convert  looks rows up, in pages or by index, and makes fp16 of them where they lie
-//   score    and two of value, as in four_roles.cuh; a value warpgroup that has left its half of a slot asks for rows
-//   of
-//            the next unit there
+//   score    and two of value, as in four_roles.cuh; who of these has left its half of a slot asks for rows of the
+//            next unit there
 // Barriers beside those of four_roles.cuh, one phase per unit:
 //   raw[slot][w]  value -> warp w of convert    its 16 rows have arrived as they are (of units 0 and 1: convert itself)
 // docs/dense_decode.md has the budgets and the argument why no wait can deadlock.

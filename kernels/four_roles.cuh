@@ -1,8 +1,8 @@
 // Tiles of 64 query rows in four warpgroups, where rows are fetched one by one. Three roles are here, for a kernel that
 // has the fourth, of who brings rows:
 //   bring    a unit's rows into a ring slot; there are two, of 64 tokens (72 KiB each)
-//   score    computes S and P; P(j) overwrites the rotated keys of unit j; of FP8 rows it makes fp16 of Q
-//   (fp8_fp16.cuh) value    two of them: half of O's columns each
+//   score    makes fp16 of Q for FP8 rows (fp8_fp16.cuh), computes S and P; P(j) overwrites unit j's rotated keys
+//   value    two of them: half of O's columns each
 // Barriers, one phase per unit, or per item for Q:
 //   full[slot]    bring -> score       the unit is there
 //   p_full[slot]  score -> value       P is stored
@@ -29,7 +29,8 @@ struct FourRoles {
 };
 
 constexpr int V_TILES = FourRoles::KV_LORA_RANK / TILE_COLUMNS;
-constexpr int TILES = V_TILES + 1;  // the last holds the rotated columns
+constexpr int TILES = V_TILES + 1;                            // the last holds the rotated columns
+static_assert(CODE_TILES == V_TILES && SET_ROWS == V_TILES);  // FP8 rows as fp16 have their place in tiles
 
 extern __shared__ __align__(1024) uint8_t dynamic_shared[];
 
@@ -100,7 +101,7 @@ __device__ __forceinline__ void score_role(const DecodeParams& params, typename 
   for (int plan_row = shared.cta.plan_slot; plan_row >= 0;) {
     float reference[2] = {0.f, 0.f};  // of the maxima, log2; rises by whole numbers, so that alpha is exact
     float sum[2] = {0.f, 0.f};        // of this thread's columns
-    float factor[2];                  // of the thread's rows: S comes divided by it
+    float factor[2];                  // of FP8 rows, by the thread's rows: S comes divided by it
     int units_left, stored;           // tokens of the request from the current unit on
     {
       const Item item = load_item(params, plan_row);

@@ -10,8 +10,8 @@
 
 constexpr int VECTOR = 8;  // columns that a thread stores or loads at a time: 16 bytes
 
-// Written by dense_decode.cu, dense_decode_fp8_wide.cu and dense_decode_fp8_pair.cu: each half of the columns by a
-// warpgroup, 16 columns by four lanes.
+// Written by dense_decode.cu and the kernels of four_roles.cuh: each half of the columns by a warpgroup, 16 columns by
+// four lanes.
 struct TileLayout {
   static constexpr int SCALES = 2;  // per row
   // Column of position `position` of a row, of which KV_LORA_RANK / SCALES share a scale.

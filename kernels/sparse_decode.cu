@@ -41,18 +41,36 @@ struct alignas(1024) Shared {
   Cta cta;
 };
 
-// A warp's noted rows, four at a time: eight lanes copy 128 bytes of each, tile by tile. Zeros where none is named.
-__device__ __forceinline__ void copy_rows(const uint8_t* pool, const Asked<WARP_ROWS>& asked, uint32_t tiles,
-                                          int warp) {
+constexpr int ROWS_AT_ONCE = 4;  // of a warp, of which eight lanes copy 128 bytes each
+constexpr int TURNS = WARP_ROWS / ROWS_AT_ONCE;
+
+// What a lane copies of a unit: 16 bytes of each tile of a row in each turn; nothing where no row is named.
+struct Chunks {
+  const uint8_t* from[TURNS];
+  uint32_t bytes[TURNS];  // 16, or 0
+};
+
+__device__ __forceinline__ Chunks chunks_of(const uint8_t* pool, const Asked<WARP_ROWS>& asked) {
+  const uint32_t lane = thread_index() & 31, named = asked.named;
+  Chunks chunks;
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const uint32_t row = turn * ROWS_AT_ONCE + lane / 8, is_named = named >> row & 1;
+    chunks.from[turn] = pool + (is_named ? (uint64_t)asked.offset[row] * 16 : 0) + lane % 8 * 16;
+    chunks.bytes[turn] = is_named * 16;
+  }
+  return chunks;
+}
+
+// To the tiles of a slot; zeros where no row is named.
+__device__ __forceinline__ void copy_rows(const Chunks& chunks, uint32_t tiles, int warp) {
   const uint32_t lane = thread_index() & 31;
 #pragma unroll
-  for (uint32_t first = 0; first < WARP_ROWS; first += 4) {
-    const uint32_t row = first + lane / 8, is_named = asked.named >> row & 1;
-    const uint8_t* from = pool + (is_named ? (uint64_t)asked.offset[row] * 16 : 0) + lane % 8 * 16;
-    const uint32_t target = tiles + chunk_offset(warp * WARP_ROWS + row, lane % 8);
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const uint32_t target = tiles + chunk_offset(warp * WARP_ROWS + turn * ROWS_AT_ONCE + lane / 8, lane % 8);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      cp_async_16(target + tile * TILE_BYTES, from + tile * (2 * TILE_COLUMNS), is_named * 16);
+      cp_async_16(target + tile * TILE_BYTES, chunks.from[turn] + tile * (2 * TILE_COLUMNS), chunks.bytes[turn]);
     }
   }
 }
@@ -70,10 +88,13 @@ __device__ __forceinline__ void bring_role(const GatherParams& gather, Shared& s
   Position<S> position;
   for (uint32_t number = 0; shared.asked[number % S::NOTED][warp].is_unit; ++number) {
     const int slot = position.slot();
-    // Used in this turn of the loop: from one to the next it would be copied, and so waited for.
-    const Found next = next_unit<S>(gather, shared.cta, walk, warp);
+    // Before the wait: behind it the slot's users wait for every load from shared memory.
+    const Chunks chunks = chunks_of(gather.pool, shared.asked[number % S::NOTED][warp]);
     mbarrier_wait(shared.left[slot], position.phase() ^ 1);  // at once, of a slot's first unit
-    copy_rows(gather.pool, shared.asked[number % S::NOTED][warp], shared_address(shared.ring[slot]), warp);
+    copy_rows(chunks, shared_address(shared.ring[slot]), warp);
+    // Behind the copies, which nothing of it then holds up. Used in this turn of the loop: from one to the next it
+    // would be copied, and so waited for.
+    const Found next = next_unit<S>(gather, shared.cta, walk, warp);
     cp_async_wait_all();
     // wgmma reads through the async proxy what was stored here.
     fence_proxy_async();

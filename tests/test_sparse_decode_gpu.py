@@ -15,6 +15,7 @@ if not ON_HOPPER:
 
 import test_sparse
 
+from flash_mla import ops
 from flash_mla.backends.cuda import driver
 
 host = importlib.import_module("flash_mla.backends.cuda.decode")  # the package has the function of this name
@@ -33,9 +34,11 @@ def rows_by_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(host, "SPARSE_ROWS", True)
     monkeypatch.setattr(driver, "function", recorded)
-    driver.memo.clear()
+    for forget in (driver.memo.clear, ops._choose.cache_clear):  # calls that were prepared and chosen without
+        forget()
     yield
-    driver.memo.clear()
+    for forget in (driver.memo.clear, ops._choose.cache_clear):
+        forget()
     assert any("mla_sparse_kernel" in name for name in launched)
 
 
@@ -44,6 +47,7 @@ CASES = (
     *OF_SHAPE,
     test_sparse.Case("many queries", 700, 40, 2, 128, num_blocks=60, **SHAPE),
     test_sparse.Case("16 heads, many queries", 2048, 100, num_heads=16, num_blocks=60, **SHAPE),
+    test_sparse.Case("lengths, many units", 700, 8, 2, 128, num_blocks=60, topk_length=(0, 1, 65, 700) * 2, **SHAPE),
     test_sparse.Case("large scores", 2000, num_heads=64, num_blocks=60, softmax_scale=0.4, **SHAPE),
 )
 

@@ -11,7 +11,7 @@ import test_sparse
 import torch
 from test_cuda_decode import Recorded, cubins, host, recorded  # noqa: F401
 from test_dense_decode_on_host import compiled
-from test_fp8_decode_on_host import CHANGED, SPARSE_CASES, OnHost, check_rows_by_index, host_source
+from test_fp8_decode_on_host import CHANGED, SPARSE_CASES, OnHost, check_rows_by_index, host_source, run_sparse
 
 from flash_mla import _build
 from flash_mla.contract import check_sparse
@@ -53,7 +53,8 @@ def test_result(
 
 def ring(num_heads: int) -> test_sparse.Case:
     lengths = (0, 577, 0, 64, 65, 0, 130)
-    return dataclasses.replace(CASES[0], topk=577, batch=7, num_heads=num_heads, topk_length=lengths, visible=0.8)
+    of_scores = {"visible": 0.8, "softmax_scale": 0.4}  # large enough for the reference to rise
+    return dataclasses.replace(CASES[0], topk=577, batch=7, num_heads=num_heads, topk_length=lengths, **of_scores)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late copies"])
@@ -81,6 +82,22 @@ def test_what_shared_memory_held_before(garbage: int, on_host: OnHost, monkeypat
     on_host.garbage = garbage
     case = dataclasses.replace(CASES[0], topk=70, batch=3, num_heads=5, topk_length=(0, 70, 0), visible=0.5)
     check_rows_by_index(case, on_host, monkeypatch, 1)
+
+
+@BOTH_DTYPES
+def test_the_first_row_that_is_named_sets_the_reference(
+    dtype: torch.dtype, on_host: OnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 indices that name nothing, and then one of a score so low that it is 0 beside anything above -126."""
+    problem = test_sparse.make(dataclasses.replace(CASES[0], topk=70), dtype)
+    index = int(problem.indices[0, 0, 0])
+    key = problem.kv_cache.flatten(0, 2)[index].float()
+    q = (-key * 200 / key.square().sum()).to(dtype).expand(1, 1, 5, 576).contiguous()
+    indices = torch.full((1, 1, 70), -1, dtype=torch.int32)
+    indices[0, 0, 66] = index
+    out, lse = run_sparse(q, problem.kv_cache, indices, monkeypatch, 1.0)
+    assert bool((lse + 200).abs().max() < 1)
+    torch.testing.assert_close(out[0, 0].float(), key[:512].expand(5, 512), rtol=2**-8, atol=0)
 
 
 def test_large_scores(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
