@@ -124,6 +124,18 @@ class Running:
         assert found["kv_pages_total"] == CTX / 64
         return found
 
+    def idle_after(self, before: dict[str, float], **errors: int) -> dict[str, float]:
+        """The metrics once nobody runs or waits and so many errors more of these kinds are counted, and no more: each
+        by its own handler, a moment after the answer has ended."""
+
+        def more(now: dict[str, float]) -> dict[str, float]:
+            return {kind: now[f"errors_total_{kind}"] - before[f"errors_total_{kind}"] for kind in errors}
+
+        self.until(lambda now: all(more(now)[kind] >= number for kind, number in errors.items()))
+        found = self.idle()
+        assert more(found) == errors
+        return found
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
@@ -164,6 +176,8 @@ def test_json_is_what_generate_says(server: Running) -> None:
     assert answer.usage.completion_tokens == 80
     assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1]
     assert answer.object == "chat.completion"
+    answers = "requests_total_/v1/chat/completions_200"  # counted a moment after the answer has ended
+    server.until(lambda now: now.get(answers, 0) > before.get(answers, 0))
     after = server.idle()
     moved = {name: after[name] - before.get(name, 0) for name in after}
     assert moved["prompt_tokens_total"] == answer.usage.prompt_tokens
@@ -172,7 +186,7 @@ def test_json_is_what_generate_says(server: Running) -> None:
     assert moved["time_to_first_token_seconds_count"] == 1
     generating = moved["time_per_token_seconds_sum"] + moved["time_to_first_token_seconds_sum"]
     assert seconds / 4 < generating < seconds
-    assert moved["requests_total_/v1/chat/completions_200"] == 1
+    assert moved[answers] == 1
     assert not any(moved[f"errors_total_{kind}"] for kind in ("refused", "failed", "left", "timed_out"))
 
 
@@ -281,9 +295,8 @@ def test_a_client_that_leaves_mid_stream_frees_its_pages(server: Running) -> Non
         next(stream)
     server.until(lambda now: now["kv_pages_used"] >= 1)
     stream.close()
-    after = server.idle()
+    after = server.idle_after(before, left=1)
     assert after["generated_tokens_total"] - before["generated_tokens_total"] < MAX_NEW / 2
-    assert after["errors_total_left"] - before["errors_total_left"] == 1
     assert server.chat().choices[0].message.content == expected
 
 
@@ -293,9 +306,8 @@ def test_a_client_that_leaves_an_answer_that_is_not_streamed(server: Running) ->
     connection = server.send(max_tokens=MAX_NEW, logit_bias=NO_END)
     server.until(lambda now: now["requests_running"] == 1 and now["kv_pages_used"] >= 1)
     connection.close()
-    after = server.idle()
+    after = server.idle_after(before, left=1)
     assert after["generated_tokens_total"] - before["generated_tokens_total"] < MAX_NEW / 2
-    assert after["errors_total_left"] - before["errors_total_left"] == 1
     assert server.chat().choices[0].message.content == expected
 
 
@@ -310,10 +322,7 @@ def test_who_leaves_while_waiting_never_gets_a_turn_and_too_many_are_turned_away
         server.chat()
     for connection in (*waiting, first):
         connection.close()
-    # Each is counted by its own handler, a moment after it has left the queue.
-    server.until(lambda now: now["errors_total_left"] - before["errors_total_left"] >= 4)
-    after = server.idle()
-    assert after["errors_total_left"] - before["errors_total_left"] == 4
+    after = server.idle_after(before, left=4)
     assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == prompt_tokens  # of the first one
     assert server.chat().choices
 
@@ -395,8 +404,7 @@ def test_refused_requests_are_counted_and_use_nothing(server: Running) -> None:
     before = server.idle()
     for body in BAD.values():
         server.request("/v1/chat/completions", body)
-    after = server.idle()
-    assert after["errors_total_refused"] - before["errors_total_refused"] == len(BAD)
+    after = server.idle_after(before, refused=len(BAD))
     assert after["generated_tokens_total"] == before["generated_tokens_total"]
     assert after["errors_total_failed"] == before["errors_total_failed"]
 
@@ -642,8 +650,7 @@ def test_failures_and_deadlines_are_json_and_leave_nothing(monkeypatch: pytest.M
             with pytest.raises(openai.APIError) as failure:
                 list(running.chat(stream=True, **asks))
             assert failure.value.body == "timed_out"
-        found = running.idle()
-        assert (found["errors_total_failed"], found["errors_total_timed_out"]) == (2, 2)
+        running.idle_after(dict.fromkeys(("errors_total_failed", "errors_total_timed_out"), 0.0), failed=2, timed_out=2)
         assert running.chat(**{**asks, "max_tokens": 3}).usage.completion_tokens == 3
         assert server.turns.cache.dtype == "fp8"
         assert server.turns.cache.memory_report().tokens_used == 0
