@@ -1,6 +1,6 @@
 // Tiles of 64 query rows in four warpgroups, where rows are fetched one by one. Three roles are here, for a kernel that
 // has the fourth, of who brings rows:
-//   bring    a unit's rows into a ring slot; there are two, of 64 tokens (72 KiB each)
+//   bring    a unit's rows into a ring slot; there are two, of 64 tokens (72 KiB each); of FP8 rows called convert
 //   score    makes fp16 of Q for FP8 rows (fp8_fp16.cuh), computes S and P; P(j) overwrites unit j's rotated keys
 //   value    two of them: half of O's columns each
 // Barriers, one phase per unit, or per item for Q:

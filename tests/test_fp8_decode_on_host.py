@@ -184,6 +184,19 @@ def test_result(case: Case, on_host: OnHost) -> None:
     assert_right(problem, *decode(problem, plan))
 
 
+def test_no_call_is_given_to_a_pair_until_they_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then those with an even number of tiles."""
+
+    def files() -> list[str]:
+        heads = (32, 64, 100, 128, 130, 256)
+        calls = [on_hopper(fp8(Case("form", (70,), num_heads=number, **SHAPE))) for number in heads]
+        return [host._form(call).file.removeprefix("dense_decode_fp8") for call in calls]
+
+    assert files() == ["", "_wide", "_wide", "_wide", "_wide", "_wide"]
+    monkeypatch.setattr(host, "PAIRS", True)
+    assert files() == ["", "_wide", "_pair", "_pair", "_wide", "_pair"]
+
+
 def test_two_tiles_without_a_pair(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "PAIRS", False)
     problem = fp8(Case("two tiles", (200, 3, 0, 129), num_heads=100, **SHAPE))
